@@ -1,0 +1,1 @@
+"""One module per engine; each is imported only when its transport is asked for."""

@@ -1,0 +1,1 @@
+"""The protocol: layout, ledger, pool, messages, the two state machines and their drivers."""

@@ -1,0 +1,1 @@
+"""How a transport is found, judged and chosen."""
