@@ -1,0 +1,261 @@
+"""What the two built-in transports share: local regions, the check of every copy, handles, and an orderly end.
+
+Both copy host memory with a thread of their own (`_copier`); they differ in how a peer's region becomes
+an address, which is `_target`, and in what a descriptor says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorferry.backends._copier import Batch, Copier
+from tensorferry.core.errors import BadCall, OutOfBounds, TransportError, Unsupported
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Status, Transport
+
+log = logging.getLogger("tensorferry.backends")
+
+MAX_HANDLES = 65_536
+"""Most handles that are posted and not released: a caller that forgets `release` gets an error, not a
+leak."""
+
+MAX_REGIONS = 1024
+"""Most live regions of one transport: their list has to fit into one descriptor."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long `close` waits for the chunk that is being copied. One chunk takes about a millisecond."""
+
+
+@dataclass(slots=True, eq=False)
+class HostPeer:
+    """A peer as this side knows it: what its newest descriptor said."""
+
+    home: object
+    """The transport that made this handle (its marker): no other accepts it."""
+    instance: bytes
+    revision: int = -1
+    regions: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(id, generation) -> bytes"""
+    connected: bool = True
+
+    def learn(self, revision: int, regions: Sequence[tuple[int, int, int]]) -> bool:
+        """Take over a descriptor's regions, unless a newer descriptor was seen before. True: taken over."""
+        if revision <= self.revision:
+            return False
+        self.revision = revision
+        self.regions = {(number, generation): nbytes for number, generation, nbytes in regions}
+        return True
+
+
+class HostCopyTransport(Transport):
+    """Base of the transports that move bytes with the processor. Not a transport by itself."""
+
+    def __init__(self, options: Options) -> None:
+        if not isinstance(options, self.options_type):
+            raise BadCall(f"{self.name} takes {self.options_type.__name__}, not {type(options).__name__}")
+        self._pid = os.getpid()
+        self._home = object()
+        self._closed = False
+        self._live: dict[int, Region] = {}
+        self._generation = 0
+        self._revision = 0
+        self._batches: dict[int, Batch] = {}
+        self._handles = itertools.count(1)
+        self._copier = Copier(f"tensorferry-{self.name}-copier")
+        # A transport that is dropped without close() must not leave its thread waiting for ever. The thread
+        # knows the copier and not the transport, so dropping the transport is noticed.
+        weakref.finalize(self, self._copier.stop).atexit = False
+
+    # ---- what differs ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, object]:
+        """(bytes of the region, token for `_start`); raises OutOfBounds for a region that is not live."""
+
+    @abstractmethod
+    def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[object, int, int, int]]) -> None:
+        """Turn (token, remote offset, source address, bytes) into addresses and submit the batch, now or
+        later."""
+
+    # ---- memory ------------------------------------------------------------------------------------------
+
+    def register(self, memory: Memory) -> Region:
+        self._check_open()
+        if memory.kind not in self.capabilities.memory_kinds:
+            kinds = ", ".join(sorted(self.capabilities.memory_kinds))
+            raise Unsupported(f"cannot register {memory.kind} memory, only {kinds}", transport=self.name)
+        if memory.nbytes <= 0 or memory.address <= 0:
+            raise BadCall(f"not a piece of memory: {memory}", transport=self.name)
+        if len(self._live) >= MAX_REGIONS:
+            raise TransportError(
+                f"{MAX_REGIONS} regions are registered already",
+                hint="Register fewer, larger regions",
+                transport=self.name,
+            )
+        number = next(n for n in itertools.count() if n not in self._live)
+        region = Region(number, self._generation + 1, memory)
+        self._publish(region)
+        self._generation += 1
+        self._live[number] = region
+        self._revision += 1
+        return region
+
+    def retire(self, region: Region) -> None:
+        self._check_open()
+        live = self._live.get(region.id)
+        if live is None or live.generation != region.generation:
+            if not 0 < region.generation <= self._generation:
+                raise BadCall(f"region {region.id} was never registered here", transport=self.name)
+            return  # retired before
+        if live.memory != region.memory:
+            raise BadCall(f"region {region.id} is another transport's", transport=self.name)
+        del self._live[region.id]
+        self._revision += 1
+        self._withdraw(live)
+
+    def _publish(self, region: Region) -> None:
+        """Make a new region reachable for peers. May refuse it by raising."""
+
+    def _withdraw(self, region: Region) -> None:
+        """Take a region back: whoever asks for it from now on is refused."""
+
+    # ---- writing -----------------------------------------------------------------------------------------
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        self._check_open()
+        self._check_peer(peer)
+        if not peer.connected:
+            raise BadCall("this peer was disconnected", transport=self.name)
+        if not copies:
+            raise BadCall("a post needs at least one copy", transport=self.name)
+        if len(copies) > self.capabilities.max_copies:
+            raise Unsupported(
+                f"{len(copies)} copies in one post; the most is {self.capabilities.max_copies}",
+                transport=self.name,
+            )
+        if len(self._batches) >= MAX_HANDLES:
+            raise TransportError(
+                f"{MAX_HANDLES} handles are in use", hint="Release drained handles", transport=self.name
+            )
+        plan: list[tuple[object, int, int, int]] = []
+        keep: list[object] = []
+        for copy in copies:  # all of them, before the first byte moves
+            source = self._source(copy)
+            nbytes, token = self._target(peer, copy.remote)
+            if copy.remote_offset < 0 or copy.remote_offset + copy.nbytes > nbytes:
+                raise OutOfBounds(
+                    f"[{copy.remote_offset}, {copy.remote_offset + copy.nbytes}) lies outside region "
+                    f"{copy.remote.id} of the peer, which has {nbytes} bytes",
+                    transport=self.name,
+                )
+            plan.append(
+                (token, int(copy.remote_offset), int(source.address + copy.local_offset), int(copy.nbytes))
+            )
+            keep.append(source)
+        batch = Batch((), keep)
+        handle = next(self._handles)
+        self._start(peer, batch, plan)
+        self._batches[handle] = batch
+        return handle
+
+    def _source(self, copy: Copy) -> Memory:
+        memory = copy.local
+        if isinstance(memory, Region):
+            if self._live.get(memory.id) != memory:
+                raise OutOfBounds(
+                    f"local region {memory.id} is not registered here (any more)", transport=self.name
+                )
+            memory = memory.memory
+        if memory.kind not in self.capabilities.memory_kinds:
+            raise Unsupported(f"cannot read from {memory.kind} memory", transport=self.name)
+        if copy.nbytes <= 0 or copy.local_offset < 0 or copy.local_offset + copy.nbytes > memory.nbytes:
+            raise OutOfBounds(
+                f"{copy.nbytes} bytes at {copy.local_offset} do not lie in local memory of {memory.nbytes} bytes",
+                transport=self.name,
+            )
+        return memory
+
+    def poll(self, handle: int) -> Status:
+        return self._batch(handle).status
+
+    def drained(self, handle: int) -> bool:
+        return self._batch(handle).drained
+
+    def release(self, handle: int) -> None:
+        if not self._batch(handle).drained:
+            raise BadCall(f"handle {handle} is not drained", transport=self.name)
+        del self._batches[handle]
+
+    def cancel(self, handle: int) -> None:
+        self._batch(handle).cancelled = True
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        self._check_open()
+        self._copier.on_progress(wake)
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop within one chunk, fail what is left, release everything.
+
+        A handle can be polled afterwards: DONE, or FAILED for what did not finish; both drained.
+        """
+        if self._closed or os.getpid() != self._pid:
+            # A forked child has neither the threads nor the right to speak for its parent: it lets go of
+            # nothing.
+            return
+        self._closed = True
+        drained = False
+        try:
+            drained = self._close_copier()
+        finally:
+            self._live.clear()
+            self._close(drained)
+
+    def _close_copier(self) -> bool:
+        if self._copier.close(CLOSE_TIMEOUT_S):
+            return True
+        log.error(
+            "%s: a copy did not return within %g s; its memory stays mapped", self.name, CLOSE_TIMEOUT_S
+        )
+        for batch in self._batches.values():
+            self._copier.give_up_on(batch)
+        return False
+
+    @abstractmethod
+    def _close(self, drained: bool) -> None:
+        """Release what the subclass holds. `drained`: nothing that this transport posted can land any
+        more."""
+
+    # ---- checks ------------------------------------------------------------------------------------------
+
+    def _batch(self, handle: int) -> Batch:
+        self._check_process()
+        batch = self._batches.get(handle)
+        if batch is None:
+            raise BadCall(f"handle {handle!r} is unknown or released", transport=self.name)
+        return batch
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise BadCall(
+                f"this {self.name} transport belongs to process {self._pid}, of which this one is a forked copy",
+                hint="Open a transport of its own in each process",
+                transport=self.name,
+            )
+
+    def _check_open(self) -> None:
+        self._check_process()
+        if self._closed:
+            raise BadCall("the transport is closed", transport=self.name)
+
+    def _check_peer(self, peer: Any) -> None:
+        if not isinstance(peer, HostPeer) or peer.home is not self._home:
+            raise BadCall(f"{peer!r} is not a peer of this transport", transport=self.name)
