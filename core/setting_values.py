@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 from difflib import get_close_matches
 
 MAX_COUNT = 2**31 - 1
@@ -63,7 +63,7 @@ def byte_count(value: object) -> int:
             raise ValueError("must be a number of bytes such as 4294967296, 4GiB or 512MB")
         try:
             exact = Decimal(match[1]) * _BYTE_UNITS[match[2].lower()]
-        except InvalidOperation:
+        except DecimalException:
             raise ValueError("must be a number of bytes such as 4294967296, 4GiB or 512MB") from None
     if not 1 <= exact <= MAX_BYTES:
         raise ValueError(f"must lie between 1 and {MAX_BYTES} bytes")
