@@ -1,0 +1,63 @@
+# `make help` lists the targets. Each sets up .venv first, by what it needs; a second run finds it ready.
+# ARGS goes to the command behind a target:  make demo ARGS="--tokens 50000"   make test ARGS="-k ledger"
+
+VENV ?= .venv
+export VENV
+BIN := $(VENV)/bin
+ARGS ?=
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## move a real embedding that is larger than the pool, and verify every byte
+	@scripts/setup demo
+	$(BIN)/tensorferry demo $(ARGS)
+
+# The console script, not `python -m pytest`: that would put the repository's root on the path, where the rooms
+# could be imported under bare names.
+.PHONY: test
+test: ## run every test
+	@scripts/setup dev
+	$(BIN)/pytest $(ARGS)
+
+.PHONY: check
+check: lint types imports test ## lint, types, imports and test
+
+.PHONY: lint
+lint: ## ruff: rules and format
+	@scripts/setup dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: ## mypy --strict on the whole package
+	@scripts/setup dev
+	$(BIN)/mypy
+
+.PHONY: imports
+imports: ## which room may import which
+	@scripts/setup dev
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: build
+build: ## build sdist and wheel into dist/, then install and try the wheel in a clean environment
+	@scripts/setup dev
+	scripts/check-package dist
+
+.PHONY: explore
+explore: ## explore the protocol's states exhaustively
+	@scripts/setup dev
+	$(BIN)/python -m tensorferry.conformance.explore --all $(ARGS)
+
+.PHONY: engines
+engines: ## add the optional engines (Mooncake, NIXL) and the system libraries that they need
+	@scripts/setup engines
+
+.PHONY: clean
+clean: ## remove the environment and everything that was built
+	rm -rf .venv .venv.lock build dist src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
