@@ -1,0 +1,303 @@
+"""The receiver's memory: the pool that peers write to, the graveyard of slabs that they might still write to, and the
+destination that rows are gathered to.
+
+Nothing that a caller gets is ever a view of pool memory: rows are copied exactly once, from the block they landed in to
+their place in the destination, and the destination's tensors are the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tensorferry.core.digest import digest
+from tensorferry.core.errors import BadCall, InternalError
+from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, destination_bytes, slab_plan
+from tensorferry.core.memory import Memory, advise_huge_pages, copy_bytes
+from tensorferry.core.transport import Region, Transport
+
+
+class Gathered:
+    """A gather under way. Its blocks may be freed, and its rows count, when `finished` says so and not before (GR-7).
+
+    A copy in host memory is over when `gather` returns. One on a device is only queued then; its kind of Gathered
+    asks the device.
+    """
+
+    def finished(self) -> bool:
+        """All rows are in the destination, and nothing reads the blocks any more. Never blocks."""
+        return True
+
+
+class Result:
+    """What a receiver's caller gets: a tensor `[total, *shape]` per component, None for one that did not travel, and
+    `aux`, the 16 words of the aux record. Components by attribute or by name: `result.fill_ids`, `result["fill_ids"]`.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor | None], aux: tuple[int, ...]) -> None:
+        self._tensors = tensors
+        self.aux = aux
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        tensors: dict[str, torch.Tensor | None] = self.__dict__.get("_tensors", {})
+        if name in tensors:
+            return tensors[name]
+        raise AttributeError(f"no component {name!r}; there are {', '.join(tensors)}")
+
+    def __getitem__(self, name: str) -> torch.Tensor | None:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._tensors]
+
+    def __repr__(self) -> str:
+        parts = (f"{n}={'None' if t is None else f'{t.dtype}{list(t.shape)}'}" for n, t in self._tensors.items())
+        return f"Result({', '.join(parts)})"
+
+
+class Destination:
+    """Where the rows of `total` tokens of the components `names` end up: one tensor each, not filled.
+
+    `nbytes` is what the budget is charged. Each tensor starts on a multiple of 64 bytes: gathering to one that is
+    only 16-byte aligned takes twice as long. Raises MemoryError or RuntimeError (torch's) where there is no memory.
+    """
+
+    def __init__(self, layout: Layout, total: int, names: Iterable[str]) -> None:
+        self.total = total
+        self.names = tuple(sorted(names))
+        self.nbytes = destination_bytes(layout, total, self.names)
+        self._layout = layout
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._views: dict[str, memoryview] = {}
+        for name in self.names:
+            component = layout[name]
+            tensor = torch.empty((total, *component.shape), dtype=getattr(torch, component.dtype))
+            memory = Memory(tensor.data_ptr(), total * component.token_bytes, "cpu", tensor)
+            advise_huge_pages(memory)
+            self._tensors[name] = tensor
+            self._views[name] = memory.view()
+
+    def view(self, name: str) -> memoryview:
+        """The bytes of one component's rows, to write to. Raises BadCall after `result`: they are the caller's."""
+        if not self._views and self.names:
+            raise BadCall("the destination was handed over")
+        return self._views[name]
+
+    def rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Tokens [start, stop) of each component, `[stop - start, *shape]`: views of the result to come."""
+        if not 0 <= start <= stop <= self.total:
+            raise BadCall(f"tokens [{start}, {stop}) are not in {self.total}")
+        if not self._tensors and self.names:
+            raise BadCall("the destination was handed over")
+        return {name: tensor[start:stop] for name, tensor in self._tensors.items()}
+
+    def result(self, aux: Iterable[int]) -> Result:
+        """Hand the tensors over, once; nothing is copied. Raises BadCall the second time."""
+        words = tuple(aux)
+        if len(words) != AUX_WORDS:
+            raise BadCall(f"the aux record has {AUX_WORDS} words, not {len(words)}")
+        if not self._tensors and self.names:
+            raise BadCall("the destination was handed over")
+        tensors: dict[str, torch.Tensor | None] = {name: self._tensors.get(name) for name in self._layout.names}
+        self._tensors, self._views = {}, {}
+        return Result(tensors, words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grave:
+    region: Region
+    waiting: set[Hashable]
+
+
+class Graveyard:
+    """Replaced slabs whose memory stays mapped because somebody may still write to it (ruling R4).
+
+    Each waits for one or more keys (a peer's incarnation, say). It is given up when every one of them is proved
+    quiet; until then its bytes count against each of them.
+    """
+
+    def __init__(self) -> None:
+        self._graves: list[_Grave] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(grave.region.memory.nbytes for grave in self._graves)
+
+    def nbytes_of(self, key: Hashable) -> int:
+        """Bytes that wait for `key`: what a quota per peer is measured against."""
+        return sum(grave.region.memory.nbytes for grave in self._graves if key in grave.waiting)
+
+    def bury(self, region: Region, keys: Iterable[Hashable]) -> None:
+        """Keep a retired region's memory until `exhume` was called for each key; without keys, until `clear`."""
+        self._graves.append(_Grave(region, set(keys)))
+
+    def exhume(self, key: Hashable) -> int:
+        """Nothing of `key` can land any more (it is gone): returns the bytes given up."""
+        before = self.nbytes
+        for grave in self._graves:
+            if key in grave.waiting:
+                grave.waiting.discard(key)
+                if not grave.waiting:
+                    self._graves = [other for other in self._graves if other is not grave]
+        return before - self.nbytes
+
+    def clear(self) -> None:
+        """After the transport has closed."""
+        self._graves.clear()
+
+
+@dataclass(slots=True)
+class _Slab:
+    plan: SlabPlan
+    region: Region
+    view: memoryview
+
+
+class PoolBuffers:
+    """The pool's memory: one region per slab, registered when this is made.
+
+    `poison`: a debugging aid, off by default. Freed blocks are filled with a pattern and `check_poison` looks for it
+    when they are granted, so that a write to a block that nobody had been granted is seen at the victim.
+    One thread only (the endpoint's I/O thread).
+    """
+
+    def __init__(self, transport: Transport, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
+        self.layout = layout
+        self.geometry = geometry
+        self.graveyard = Graveyard()
+        self.poisoning = poison
+        self._transport = transport
+        self._slabs = [self._fresh(slab) for slab in range(geometry.slab_count)]
+        if poison:
+            for block in range(geometry.pool_blocks):
+                self.poison(block)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool, the graveyard not counted."""
+        return sum(slab.region.memory.nbytes for slab in self._slabs)
+
+    def regions(self) -> list[tuple[int, int]]:
+        """(region id, generation) by slab: what Hello tells peers."""
+        return [(slab.region.id, slab.region.generation) for slab in self._slabs]
+
+    def region(self, slab: int) -> Region:
+        return self._slabs[slab].region
+
+    def replace(self, slab: int, keys: Iterable[Hashable] = ()) -> Region:
+        """Fresh memory behind a slab; the old region is retired and buried, still mapped, until all `keys` are exhumed.
+
+        No block of the slab may be granted or being gathered. If there is no memory, this raises and nothing changes.
+        """
+        old = self._slabs[slab]
+        self._slabs[slab] = fresh = self._fresh(slab)
+        self.graveyard.bury(old.region, keys)
+        self._transport.retire(old.region)
+        for block in self.geometry.slab_blocks(slab):
+            self.poison(block)
+        return fresh.region
+
+    def digest(self, block: int, index: int, total: int, names: Iterable[str], seed: int, mode: str) -> int:
+        """The digest of pool block `block` as block `index` of a transfer of `total` tokens with components `names`."""
+        slab, inside = self._locate(block, 1)
+        tokens = self._tokens(index, 1, total)
+        return digest(((name, self._rows(slab, inside, name, tokens)) for name in sorted(names)), seed, mode)
+
+    def gather(self, block: int, index: int, total: int, names: Iterable[str], destination: Destination) -> Gathered:
+        """Copy block `index` from pool block `block` to its rows in the destination. See `gather_run`."""
+        return self.gather_run(block, index, 1, total, names, destination)
+
+    def gather_run(
+        self,
+        first_block: int,
+        first_index: int,
+        count: int,
+        total: int,
+        names: Iterable[str],
+        destination: Destination,
+    ) -> Gathered:
+        """Copy blocks [first_index, first_index + count) from adjacent pool blocks of one slab to their rows.
+
+        One copy per large component, one per block for packed ones. Every byte is copied once, and no byte beyond the
+        last token. Raises InternalError for blocks outside the pool, one slab or the transfer.
+        """
+        slab, inside = self._locate(first_block, count)
+        tokens = self._tokens(first_index, count, total)
+        size = self.geometry.block_size
+        first_row = first_index * size
+        for name in names:
+            area = slab.plan.areas[name]
+            token_bytes = area.component.token_bytes
+            step = min(size, tokens) if area.packed else tokens
+            for row in range(0, tokens, step):
+                rows = self._rows(slab, inside + row // size, name, min(step, tokens - row))
+                place = (first_row + row) * token_bytes
+                copy_bytes(destination.view(name)[place : place + len(rows)], rows)
+        return Gathered()
+
+    def poison(self, block: int) -> None:
+        """Fill a block that was freed with its pattern. Nothing happens unless poisoning is on."""
+        if self.poisoning:
+            for view, pattern in self._poison_of(block):
+                view[:] = pattern
+
+    def check_poison(self, block: int) -> None:
+        """Raises InternalError if a free block was written to. Nothing happens unless poisoning is on."""
+        if self.poisoning:
+            for view, pattern in self._poison_of(block):
+                if (found := view.tobytes()) != pattern:
+                    where = next(k for k, (a, b) in enumerate(zip(found, pattern, strict=True)) if a != b)
+                    raise InternalError(f"free block {block} was written to, {where} bytes from the start of an area")
+
+    def close(self) -> None:
+        """Retire the slabs and let go of all memory. The transport still holds what peers may write to."""
+        for slab in self._slabs:
+            self._transport.retire(slab.region)
+        self._slabs.clear()
+        self.graveyard.clear()
+
+    def _fresh(self, slab: int) -> _Slab:
+        plan = slab_plan(self.layout, self.geometry, slab)
+        memory = self._transport.allocate(plan.nbytes)
+        return _Slab(plan, self._transport.register(memory), memory.view())
+
+    def _locate(self, block: int, count: int) -> tuple[_Slab, int]:
+        if not (0 <= block < self.geometry.pool_blocks and count >= 1):
+            raise InternalError(f"{count} blocks from {block} are not in a pool of {self.geometry.pool_blocks}")
+        number = self.geometry.slab_of(block)
+        blocks = self.geometry.slab_blocks(number)
+        if block + count > blocks.stop:
+            raise InternalError(f"blocks {block} to {block + count - 1} are not in one slab")
+        return self._slabs[number], block - blocks.start
+
+    def _tokens(self, first_index: int, count: int, total: int) -> int:
+        """Tokens in a run of blocks of a transfer."""
+        last = self.geometry.tokens_in(first_index + count - 1, total) if first_index >= 0 else 0
+        if last == 0:
+            raise InternalError(f"blocks {first_index} to {first_index + count - 1} are not in {total} tokens")
+        return (count - 1) * self.geometry.block_size + last
+
+    def _rows(self, slab: _Slab, inside: int, name: str, tokens: int) -> memoryview:
+        area = slab.plan.areas[name]
+        start = area.at(inside)
+        return slab.view[start : start + tokens * area.component.token_bytes]
+
+    def _poison_of(self, block: int) -> Iterator[tuple[memoryview, bytes]]:
+        """The pieces of a slab that belong to one block, with the pattern of each."""
+        slab, inside = self._locate(block, 1)
+        plan = slab.plan
+        pieces = [(a.at(inside), a.stride) for a in plan.areas.values() if not a.packed]
+        if plan.packed_stride:
+            pieces.append((plan.packed_start + inside * plan.packed_stride, plan.packed_stride))
+        # No float or index that a model makes, and another in every block, so that a copied block is seen too.
+        word = (0xF3DEADF0_0000_0000 | block).to_bytes(8, "little")
+        for start, nbytes in pieces:
+            yield slab.view[start : start + nbytes], (word * (nbytes // 8 + 1))[:nbytes]

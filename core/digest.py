@@ -1,0 +1,90 @@
+"""Digests of blocks: what tells a block that arrived from one that did not, was torn, stale or put in another's place.
+
+A digest covers one block over all its components, and is seeded with the block's position: intact bytes in the wrong
+place fail. Modes, by the sender's choice, announced once a transfer: `full` hashes every byte; `sampled` hashes small
+components in full and of the others 64 bytes of every 4 KiB, so that any run of 4 KiB that did not arrive is seen;
+`off` hashes nothing (digest 0).
+
+xxh3 is no proof against somebody who wants to deceive; it is against accidents. No torch here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from tensorferry.core.errors import ConfigError
+
+MODES = ("full", "sampled", "off")
+
+SAMPLE_PERIOD = 4096
+SAMPLE_BYTES = 64
+"""A cache line of every page: the samples of any 4 KiB in a row are 64 of its bytes, wherever it starts."""
+
+SAMPLE_FROM_BYTES = 16 * 1024
+"""Components with fewer bytes in a block are hashed in full in `sampled`."""
+
+CHUNK_BYTES = 64 * 1024
+"""xxhash lets go of the interpreter lock for longer inputs, and a busy thread then keeps it for 5 ms: 0.2 GB/s instead
+of 12 beside one (measured). In pieces of this size the lock is kept; alone on the machine that costs a fifth."""
+
+_POSITION = struct.Struct("<QQQ")
+_COMPONENT = struct.Struct("<QI")
+
+
+class _Line(ctypes.Structure):
+    """What a sample is: an element that a memoryview can step over (views of two dimensions cannot be sliced)."""
+
+    _fields_ = (("bytes", ctypes.c_ubyte * SAMPLE_BYTES),)
+
+
+@lru_cache(maxsize=64)
+def _lines(count: int) -> type[ctypes.Array[_Line]]:
+    return _Line * count
+
+
+def block_seed(receiver_inc: int, xfer: int, content_id: bytes, index: int) -> int:
+    """The seed of block `index` of a transfer, 64 bits. The three numbers are unsigned 64-bit ones."""
+    return xxh3_64_intdigest(_POSITION.pack(receiver_inc, xfer, index) + content_id)
+
+
+def digest(components: Iterable[tuple[str, memoryview]], seed: int, mode: str) -> int:
+    """The 64-bit digest of one block: `(name, bytes)` pairs in sorted order of names.
+
+    Pairs with the same name in a row are pieces of one component: how it is cut does not change the digest. Names
+    and lengths enter it. Raises ConfigError for an unknown mode.
+    """
+    if mode == "off":
+        return 0
+    if mode not in MODES:
+        raise ConfigError(f"integrity {mode!r} is unknown", hint=f"Use one of {', '.join(MODES)}")
+    state = xxh3_64(seed=seed)
+    for name, pairs in groupby(components, key=itemgetter(0)):
+        pieces = [piece for _, piece in pairs]
+        nbytes = sum(len(piece) for piece in pieces)
+        label = name.encode()
+        state.update(_COMPONENT.pack(nbytes, len(label)) + label)
+        if mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES:
+            state.update(_sample(pieces))
+            continue
+        for piece in pieces:
+            for start in range(0, len(piece), CHUNK_BYTES):
+                state.update(piece[start : start + CHUNK_BYTES])
+    return state.intdigest()
+
+
+def _sample(pieces: list[memoryview]) -> bytes:
+    """The first 64 bytes of every whole 4 KiB of a component, and its end: what remains, or the last 64 bytes."""
+    # Pieces are joined, which costs a copy, so that samples lie at the same places however the component is cut.
+    # ctypes looks into writable memory alone, hence the bytearray.
+    whole = pieces[0] if len(pieces) == 1 and not pieces[0].readonly else memoryview(bytearray().join(pieces))
+    periods = len(whole) // SAMPLE_PERIOD
+    lines = memoryview(_lines(periods * SAMPLE_PERIOD // SAMPLE_BYTES).from_buffer(whole))
+    heads = lines[:: SAMPLE_PERIOD // SAMPLE_BYTES].tobytes()
+    return heads + whole[min(periods * SAMPLE_PERIOD, len(whole) - SAMPLE_BYTES) :]
