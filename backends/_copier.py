@@ -20,8 +20,8 @@ from tensorferry.core.transport import Status
 log = logging.getLogger("tensorferry.backends.copier")
 
 CHUNK_BYTES = 8 << 20
-"""Longest stretch copied without a look at `stop` and `cancel`: about 1 ms at memory speed. Larger chunks gain
-nothing (the call costs under a microsecond) and make `close` slower."""
+"""Longest stretch copied without a look at `stop` and `cancel`: about 1 ms at memory speed. Larger
+chunks gain nothing (the call costs under a microsecond) and make `close` slower."""
 
 Segment = tuple[int, int, int]
 """(destination address, source address, bytes)"""
@@ -61,7 +61,8 @@ class Copier:
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._wake: Callable[[], None] | None = None

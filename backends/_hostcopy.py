@@ -1,4 +1,5 @@
-"""What the two built-in transports share: local regions, the check of every copy, handles, and an orderly end.
+"""What the two built-in transports share: local regions, the check of every copy, handles, and an
+orderly end.
 
 Both copy host memory with a thread of their own (`_copier`); they differ in how a peer's region becomes
 an address, which is `_target`, and in what a descriptor says.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorferry.backends._copier import Batch, Copier
+from tensorferry.backends._descriptor import MAX_REGIONS
 from tensorferry.core.errors import BadCall, OutOfBounds, TransportError, Unsupported
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Status, Transport
@@ -25,9 +27,6 @@ log = logging.getLogger("tensorferry.backends")
 MAX_HANDLES = 65_536
 """Most handles that are posted and not released: a caller that forgets `release` gets an error, not a
 leak."""
-
-MAX_REGIONS = 1024
-"""Most live regions of one transport: their list has to fit into one descriptor."""
 
 CLOSE_TIMEOUT_S = 5.0
 """How long `close` waits for the chunk that is being copied. One chunk takes about a millisecond."""
@@ -60,6 +59,7 @@ class HostCopyTransport(Transport):
     def __init__(self, options: Options) -> None:
         if not isinstance(options, self.options_type):
             raise BadCall(f"{self.name} takes {self.options_type.__name__}, not {type(options).__name__}")
+        self._options = options
         self._pid = os.getpid()
         self._home = object()
         self._closed = False
@@ -218,6 +218,9 @@ class HostCopyTransport(Transport):
         finally:
             self._live.clear()
             self._close(drained)
+        if drained:  # the copier has ended: what is not finished by now never began
+            for batch in self._batches.values():
+                self._copier.finish(batch, Status.FAILED)
 
     def _close_copier(self) -> bool:
         if self._copier.close(CLOSE_TIMEOUT_S):

@@ -1,5 +1,5 @@
-"""Pages from the kernel, by the calls themselves: `mmap.mmap` keeps a descriptor open per mapping (until Python 3.13),
-does not tell its address, and holds the GIL while the kernel fills pages in.
+"""Pages from the kernel, by the calls themselves: `mmap.mmap` keeps a descriptor open per mapping (until
+Python 3.13), does not tell its address, and holds the GIL while the kernel fills pages in.
 """
 
 from __future__ import annotations

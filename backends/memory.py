@@ -14,26 +14,24 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from tensorferry.backends._copier import Batch
-from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, MAX_REGIONS, HostCopyTransport, HostPeer
+from tensorferry.backends._descriptor import Natural, Token, decode
+from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer
 from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping
 from tensorferry.core.errors import (
     BadCall,
     OutOfBounds,
     PeerUnreachable,
-    ProtocolViolation,
     TransportError,
     TransportMismatch,
     Unsupported,
-    VersionMismatch,
 )
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import (
-    MAX_DESCRIPTOR_BYTES,
     Capabilities,
     Fence,
     Options,
@@ -46,8 +44,6 @@ from tensorferry.core.transport import (
 
 DESCRIPTOR_VERSION = 1
 
-Natural = Annotated[int, msgspec.Meta(ge=0)]
-
 
 class MemoryOptions(Options, frozen=True):
     """The memory transport has no options."""
@@ -56,8 +52,8 @@ class MemoryOptions(Options, frozen=True):
 class _Descriptor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     kind: str
     version: int
-    process: bytes
-    instance: bytes
+    process: Token
+    instance: Token
     revision: Natural
     regions: list[tuple[Natural, Natural, Natural]]
 
@@ -177,7 +173,7 @@ class MemoryTransport(HostCopyTransport):
 
     def connect(self, descriptor: bytes) -> MemoryPeer:
         self._check_open()
-        told = _decode(descriptor)
+        told = decode(descriptor, self.name, DESCRIPTOR_VERSION, _Descriptor)
         if told.process != self._process:
             raise TransportMismatch(
                 "the memory transport joins endpoints of one process, and the peer is in another",
@@ -237,24 +233,3 @@ class MemoryTransport(HostCopyTransport):
         with _lock:
             _instances.pop(self._me.id, None)
         self._peers.clear()
-
-
-def _decode(descriptor: bytes) -> _Descriptor:
-    """Raises ProtocolViolation for anything that is not a descriptor of this transport."""
-    if len(descriptor) > MAX_DESCRIPTOR_BYTES:
-        raise ProtocolViolation(f"a descriptor of {len(descriptor)} bytes", transport="memory")
-    try:
-        told = msgspec.msgpack.decode(descriptor, type=_Descriptor)
-    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-        raise ProtocolViolation(
-            f"not a descriptor of the memory transport: {error}", transport="memory"
-        ) from error
-    if told.kind != "memory":
-        raise ProtocolViolation(f"a descriptor of transport {told.kind!r}", transport="memory")
-    if told.version != DESCRIPTOR_VERSION:
-        raise VersionMismatch(
-            f"a descriptor of version {told.version}; this side speaks {DESCRIPTOR_VERSION}"
-        )
-    if len(told.regions) > MAX_REGIONS or len({number for number, *_ in told.regions}) != len(told.regions):
-        raise ProtocolViolation("a descriptor with too many or doubled regions", transport="memory")
-    return told
