@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -134,6 +135,31 @@ def test_every_tool_that_set_up_installs_is_pinned() -> None:
     names = {re.match(r"[A-Za-z0-9_.-]+", name)[0].lower() for name in wanted} - {"tensorferry"}
     pinned = set(re.findall(r"^([a-z0-9-]+)==\S+$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     assert names - pinned == set()
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def set_up(layer: str, venv: Path) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "VENV": str(venv)}
+    return subprocess.run(
+        [ROOT / "scripts" / "setup", layer], env=environ, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_set_up_refuses_a_layer_that_it_does_not_know(tmp_path: Path) -> None:
+    done = set_up("everything", tmp_path / "venv")
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert "demo, dev or engines" in done.stderr
+
+
+def test_set_up_never_removes_an_environment_that_it_did_not_make(tmp_path: Path) -> None:
+    mine = tmp_path / "venv" / "pyvenv.cfg"
+    mine.parent.mkdir()
+    mine.write_text("home = somewhere\n")
+    done = set_up("demo", mine.parent)
+    assert (done.returncode, mine.read_text()) == (1, "home = somewhere\n")
+    assert "did not make it" in done.stderr
 
 
 # ---------------------------------------------------------------- what is committed
