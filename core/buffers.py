@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tensorferry.core.digest import digest
-from tensorferry.core.errors import BadCall, InternalError
+from tensorferry.core.errors import BadCall, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, destination_bytes, slab_plan
 from tensorferry.core.memory import Memory, advise_huge_pages, copy_bytes
 from tensorferry.core.transport import Region, Transport
@@ -67,7 +67,7 @@ class Destination:
     """Where the rows of `total` tokens of the components `names` end up: one tensor each, not filled.
 
     `nbytes` is what the budget is charged. Each tensor starts on a multiple of 64 bytes: gathering to one that is
-    only 16-byte aligned takes twice as long. Raises MemoryError or RuntimeError (torch's) where there is no memory.
+    only 16-byte aligned takes twice as long. Raises TooLarge where there is no memory.
     """
 
     def __init__(self, layout: Layout, total: int, names: Iterable[str]) -> None:
@@ -79,7 +79,13 @@ class Destination:
         self._views: dict[str, memoryview] = {}
         for name in self.names:
             component = layout[name]
-            tensor = torch.empty((total, *component.shape), dtype=getattr(torch, component.dtype))
+            try:
+                tensor = torch.empty((total, *component.shape), dtype=getattr(torch, component.dtype))
+            except (MemoryError, RuntimeError) as error:  # torch's allocator says RuntimeError
+                raise TooLarge(
+                    f"no memory for the {self.nbytes} bytes of {total} tokens: {error}",
+                    hint="Send fewer tokens, or lower destination_budget to what this host can give",
+                ) from error
             memory = Memory(tensor.data_ptr(), total * component.token_bytes, "cpu", tensor)
             advise_huge_pages(memory)
             self._tensors[name] = tensor
@@ -209,7 +215,13 @@ class PoolBuffers:
         """The digest of pool block `block` as block `index` of a transfer of `total` tokens with components `names`."""
         slab, inside = self._locate(block, 1)
         tokens = self._tokens(index, 1, total)
-        return digest(((name, self._rows(slab, inside, name, tokens)) for name in sorted(names)), seed, mode)
+
+        def rows(name: str) -> memoryview:
+            area = slab.plan.areas[name]
+            start = area.at(inside)
+            return slab.view[start : start + tokens * area.component.token_bytes]
+
+        return digest(((name, rows(name)) for name in sorted(names)), seed, mode)
 
     def gather(self, block: int, index: int, total: int, names: Iterable[str], destination: Destination) -> Gathered:
         """Copy block `index` from pool block `block` to its rows in the destination. See `gather_run`."""
@@ -235,12 +247,15 @@ class PoolBuffers:
         first_row = first_index * size
         for name in names:
             area = slab.plan.areas[name]
-            token_bytes = area.component.token_bytes
-            step = min(size, tokens) if area.packed else tokens
-            for row in range(0, tokens, step):
-                rows = self._rows(slab, inside + row // size, name, min(step, tokens - row))
-                place = (first_row + row) * token_bytes
-                copy_bytes(destination.view(name)[place : place + len(rows)], rows)
+            target, token_bytes = destination.view(name), area.component.token_bytes
+            start, place, left = area.at(inside), first_row * token_bytes, tokens * token_bytes
+            if not area.packed:
+                copy_bytes(target[place : place + left], slab.view[start : start + left])
+                continue
+            for offset in range(0, left, size * token_bytes):
+                nbytes = min(size * token_bytes, left - offset)
+                target[place + offset : place + offset + nbytes] = slab.view[start : start + nbytes]
+                start += area.stride
         return Gathered()
 
     def poison(self, block: int) -> None:
@@ -284,11 +299,6 @@ class PoolBuffers:
         if last == 0:
             raise InternalError(f"blocks {first_index} to {first_index + count - 1} are not in {total} tokens")
         return (count - 1) * self.geometry.block_size + last
-
-    def _rows(self, slab: _Slab, inside: int, name: str, tokens: int) -> memoryview:
-        area = slab.plan.areas[name]
-        start = area.at(inside)
-        return slab.view[start : start + tokens * area.component.token_bytes]
 
     def _poison_of(self, block: int) -> Iterator[tuple[memoryview, bytes]]:
         """The pieces of a slab that belong to one block, with the pattern of each."""

@@ -71,8 +71,7 @@ def digest(components: Iterable[tuple[str, memoryview]], seed: int, mode: str) -
         label = name.encode()
         state.update(_COMPONENT.pack(nbytes, len(label)) + label)
         if mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES:
-            state.update(_sample(pieces))
-            continue
+            pieces = [memoryview(_sample(pieces))]
         for piece in pieces:
             for start in range(0, len(piece), CHUNK_BYTES):
                 state.update(piece[start : start + CHUNK_BYTES])

@@ -44,8 +44,8 @@ ALIGNMENT = 4096
 MAX_COMPONENTS = 32
 MAX_DIMENSION = 1 << 31
 MAX_NAME = 64
-RESERVED_NAMES = frozenset({"aux"})
-"""Attributes of a result that are no components."""
+RESERVED_NAMES = frozenset({"aux", "content_id", "mrope_delta", "room", "self", "start", "total_tokens"})
+"""Arguments of a send, or attributes of a result, that are no components."""
 
 
 def dtype_name(dtype: object) -> str:
@@ -69,12 +69,12 @@ class Component:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        # Names are keyword arguments and attributes. ASCII: Python folds other identifiers (NFKC), bytes do not.
+        # Names are keyword arguments and public attributes. ASCII: Python folds other identifiers (NFKC), bytes do not.
         name = self.name
-        if not (name.isidentifier() and name.isascii()) or iskeyword(name) or len(name) > MAX_NAME:
+        if not (name.isidentifier() and name.isascii()) or iskeyword(name) or name[0] == "_" or len(name) > MAX_NAME:
             raise ConfigError(f"component name {name!r} is not a free ASCII identifier of at most {MAX_NAME} letters")
         if name in RESERVED_NAMES:
-            raise ConfigError(f"component name {name!r} is taken: a result has an attribute of that name")
+            raise ConfigError(f"component name {name!r} is taken: it means something else in a send or a result")
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         try:
             object.__setattr__(self, "shape", tuple(index(n) for n in self.shape))

@@ -20,6 +20,8 @@ from tensorferry.core.memory import Memory, copy_bytes
 from tensorferry.core.staging import ALIGNMENT, Stage
 from tensorferry.core.transport import Region
 
+HOST = frozenset({"cpu"})
+
 Span = tuple[Memory, int, int]
 """`nbytes` bytes from `offset` in a memory: (memory, offset, nbytes)."""
 
@@ -37,10 +39,13 @@ class LocalCopy:
 class Source:
     """The rows of one transfer of `total_tokens` tokens, with the components `present`.
 
-    Raises BadTensor for names that the layout does not have, or that it needs and are not there.
+    `kinds`: memory that the transport can read from, "cpu" or "cuda". `put` may be called from another thread than
+    everything else. Raises BadTensor for names that the layout does not have, or that it needs and are not there.
     """
 
-    def __init__(self, layout: Layout, total_tokens: int, present: Iterable[str]) -> None:
+    def __init__(
+        self, layout: Layout, total_tokens: int, present: Iterable[str], *, kinds: frozenset[str] = HOST
+    ) -> None:
         given = set(present)
         unknown = sorted(name for name in given if name not in layout)
         if unknown:
@@ -53,6 +58,7 @@ class Source:
         self.layout = layout
         self.total_tokens = total_tokens
         self.names = tuple(name for name in layout.names if name in given)
+        self.kinds = kinds
         self._starts: list[int] = []  # first token of each piece
         self._pieces: dict[str, list[Memory]] = {name: [] for name in self.names}
         self._views: dict[tuple[str, int], memoryview] = {}
@@ -86,7 +92,7 @@ class Source:
                 f"put at token {start}, but the next token is {self._ready}",
                 hint="Put rows in order, without gaps",
             )
-        rows = {name: _checked(self.layout[name], given[name]) for name in self.names}
+        rows = {name: _checked(self.layout[name], given[name], self.kinds) for name in self.names}
         lengths = {name: int(tensor.shape[0]) for name, tensor in rows.items()}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} {n}" for name, n in lengths.items())
@@ -100,7 +106,7 @@ class Source:
             memory = Memory(tensor.data_ptr(), count * self.layout[name].token_bytes, tensor.device.type, tensor)
             self._pieces[name].append(memory)
         self._starts.append(start)
-        self._ready = start + count
+        self._ready = start + count  # last: another thread may read what lies before it from here on
 
     def spans(self, name: str, start: int, stop: int) -> list[Span]:
         """Where the rows of tokens [start, stop) of one component lie, in order: one span per piece that they touch.
@@ -151,6 +157,15 @@ class Source:
             copy_bytes(target[cursor : cursor + len(view)], view)
             cursor += len(view)
 
+    def scatter_rows(self, name: str, start: int, stop: int, size: int, target: memoryview, stride: int) -> None:
+        """Copy the rows of tokens [start, stop) of one component to `target`, `size` tokens every `stride` bytes."""
+        pieces = list(self._rows(name, start, stop))
+        rows = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        step = size * self.layout[name].token_bytes
+        for k, cursor in enumerate(range(0, len(rows), step)):
+            part = rows[cursor : cursor + step]
+            target[k * stride : k * stride + len(part)] = part
+
 
 def write_plan(
     source: Source, plan: SlabPlan, first_index: int, first_slab_block: int, count: int, stage: Stage | None
@@ -183,9 +198,7 @@ def write_plan(
         room[:nbytes] = bytes(nbytes)
         for name in packed:
             inside = plan.areas[name].start - plan.packed_start
-            for k in range(count):
-                row = start + k * size
-                source.copy_rows(name, row, min(row + size, stop), room[k * plan.packed_stride + inside :])
+            source.scatter_rows(name, start, stop, size, room[inside:nbytes], plan.packed_stride)
         slab_offset = plan.packed_start + first_slab_block * plan.packed_stride
         copies.append(LocalCopy(stage.local, stage.offset, slab_offset, nbytes))
         cursor = nbytes
@@ -212,7 +225,7 @@ def _host(memory: Memory) -> Memory:
     return memory
 
 
-def _checked(component: Component, tensor: object) -> torch.Tensor:
+def _checked(component: Component, tensor: object, kinds: frozenset[str]) -> torch.Tensor:
     """The tensor, made contiguous, or BadTensor that says what is wrong with it and what would help."""
     name = component.name
     if not isinstance(tensor, torch.Tensor):
@@ -228,10 +241,10 @@ def _checked(component: Component, tensor: object) -> torch.Tensor:
         raise BadTensor(
             f"{name} has shape {list(shape)}, the layout says [{wanted}]", hint=_shape_hint(component, shape)
         )
-    if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+    if tensor.layout != torch.strided or tensor.device.type not in kinds:
         raise BadTensor(
             f"{name} is {tensor.layout} on {tensor.device}",
-            hint="Rows have to be dense tensors in cpu or cuda memory",
+            hint=f"Rows have to be dense, in {_listed(sorted(kinds))} memory",
         )
     # A lazily negated view's memory holds the other sign; a tensor that is contiguous already is not copied.
     return tensor.detach().resolve_neg().contiguous()
