@@ -216,12 +216,9 @@ class PoolBuffers:
         slab, inside = self._locate(block, 1)
         tokens = self._tokens(index, 1, total)
 
-        def rows(name: str) -> memoryview:
-            area = slab.plan.areas[name]
-            start = area.at(inside)
-            return slab.view[start : start + tokens * area.component.token_bytes]
-
-        return digest(((name, rows(name)) for name in sorted(names)), seed, mode)
+        places = [(name, slab.plan.areas[name]) for name in sorted(names)]
+        starts = [(name, area.at(inside), tokens * area.component.token_bytes) for name, area in places]
+        return digest([(name, slab.view[start : start + n]) for name, start, n in starts], seed, mode)
 
     def gather(self, block: int, index: int, total: int, names: Iterable[str], destination: Destination) -> Gathered:
         """Copy block `index` from pool block `block` to its rows in the destination. See `gather_run`."""

@@ -14,8 +14,6 @@ import ctypes
 import struct
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -65,17 +63,36 @@ def digest(components: Iterable[tuple[str, memoryview]], seed: int, mode: str) -
     if mode not in MODES:
         raise ConfigError(f"integrity {mode!r} is unknown", hint=f"Use one of {', '.join(MODES)}")
     state = xxh3_64(seed=seed)
-    for name, pairs in groupby(components, key=itemgetter(0)):
-        pieces = [piece for _, piece in pairs]
-        nbytes = sum(len(piece) for piece in pieces)
-        label = name.encode()
-        state.update(_COMPONENT.pack(nbytes, len(label)) + label)
-        if mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES:
-            pieces = [memoryview(_sample(pieces))]
-        for piece in pieces:
+    last: str | None = None
+    pieces: list[memoryview] = []
+    for name, piece in components:
+        if name != last:
+            if last is not None:
+                _add(state, last, pieces, mode)
+            last, pieces = name, []
+        pieces.append(piece)
+    if last is not None:
+        _add(state, last, pieces, mode)
+    return state.intdigest()
+
+
+@lru_cache(maxsize=256)
+def _header(name: str, nbytes: int) -> bytes:
+    label = name.encode()
+    return _COMPONENT.pack(nbytes, len(label)) + label
+
+
+def _add(state: xxh3_64, name: str, pieces: list[memoryview], mode: str) -> None:
+    nbytes = sum(map(len, pieces))
+    state.update(_header(name, nbytes))
+    if mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES:
+        pieces = [memoryview(_sample(pieces))]
+    for piece in pieces:
+        if len(piece) <= CHUNK_BYTES:
+            state.update(piece)
+        else:
             for start in range(0, len(piece), CHUNK_BYTES):
                 state.update(piece[start : start + CHUNK_BYTES])
-    return state.intdigest()
 
 
 def _sample(pieces: list[memoryview]) -> bytes:

@@ -261,11 +261,11 @@ class Geometry:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 
-    @property
+    @cached_property
     def blocks_per_slab(self) -> int:
         return -(-self.pool_blocks // min(self.slabs, self.pool_blocks))
 
-    @property
+    @cached_property
     def slab_count(self) -> int:
         return -(-self.pool_blocks // self.blocks_per_slab)
 

@@ -1,0 +1,839 @@
+"""The sender's story: it writes what is granted and says done. It keeps no position of its own (WM-3): every position
+comes from a grant, every grant is used at most once, and whatever it says stays true.
+
+Long because the whole machine is here, to be read from top to bottom; rule ids (protocol.md section 7) stand beside
+the lines that keep them.
+
+Sans-IO like the receiver: events in, effects out, no socket, thread, clock or tensor; `snapshot` and `restore` make
+this class explorable.
+
+An *offer* is what the caller sends under a room number. A *binding* is one rank of a receiver that has opened the
+room: `(receiver incarnation, xfer)`. The *write table* lists every index that was handed to the transport and is not
+known to be drained; fences are computed from it and from nothing else (WS-3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from tensorferry.core import errors as e
+from tensorferry.core import messages as m
+from tensorferry.core.effects import Connect, Effect, Ended, PostWrite, Progressed, ReleaseSource, Send
+from tensorferry.core.ledger import Ranges, runs_of
+from tensorferry.core.policy import SenderPolicy
+from tensorferry.core.transfer import Facts, Status
+
+Snapshot = tuple[Any, ...]
+
+EVERY_EPOCH = (1 << 32) - 1
+
+
+@dataclass(slots=True)
+class Binding:
+    """One rank's transfer. `pending` is granted and not readable yet; `posted` and `done` are of this epoch."""
+
+    route: str
+    receiver: int
+    xfer: int
+    rank: int
+    dummy: bool
+    epoch: int = 0
+    revoked: int = 0
+    pending: dict[int, tuple[int, int]] = field(default_factory=dict)  # index -> (block, region generation)
+    posted: Ranges = field(default_factory=Ranges)
+    done: dict[int, int] = field(default_factory=dict)  # index -> digest, until the receiver's prefix passes it
+    trouble: tuple[str, str] | None = None  # (code, cause): nothing more is posted in this epoch
+    vote: bool | None = None
+    closed: str | None = None  # the code of its Close, "" for delivered
+    high: int = 0  # not protocol state: indices below it have been granted once
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.receiver, self.xfer
+
+
+@dataclass(slots=True)
+class Offer:
+    """What the caller sends under a room number, from `send` until the last rank has closed."""
+
+    serial: int
+    room: int
+    facts: Facts
+    ready: int
+    status: Status = Status.BOOTSTRAPPING
+    error: e.FerryError | None = None
+    told: bool = False
+
+
+@dataclass(slots=True)
+class Slot:
+    """One use of a room: an offer, bindings, or both."""
+
+    id: int
+    room: int
+    offer: Offer | None = None
+    ranks: int = 0  # 0 until somebody opens
+    bindings: dict[int, Binding] = field(default_factory=dict)  # by rank
+    admitted: bool = False  # rank 0 has its destination
+    decision: str | None = None  # "commit" or "abort", sticky (TP-4)
+    abort: tuple[str, str] = ("", "")
+    rival: tuple[str, int, int] | None = None  # (route, incarnation, xfer) that opened a rank which is taken
+    touched: int = 0
+
+
+WriteId = tuple[int, int, int, int]
+"""(receiver incarnation, xfer, epoch, first index)"""
+
+
+@dataclass(slots=True)
+class Write:
+    """Indices of one grant that were handed to the transport and may still land."""
+
+    serial: int
+    receiver: int
+    xfer: int
+    epoch: int
+    outstanding: set[int]
+
+
+@dataclass(slots=True)
+class Receiver:
+    """A receiver's incarnation. `closed` are tombstones: transfers at or above `min_live` that are over."""
+
+    route: str
+    name: str
+    hello: m.Hello
+    min_live: int = 1
+    closed: Ranges = field(default_factory=Ranges)
+    revoked: dict[int, int] = field(default_factory=dict)  # xfer not opened here -> revoked up to (L4)
+    usable: bool = False
+    gone: bool = False
+    generations: list[int] = field(default_factory=list)
+
+
+class SenderMachine:
+    """All rooms of one embedding-side endpoint. `hello` is the template of our Hello."""
+
+    def __init__(self, hello: m.Hello, policy: SenderPolicy | None = None) -> None:
+        self.inc = hello.src
+        self.hello = hello
+        self.policy = policy or SenderPolicy()
+        self.slots: dict[int, Slot] = {}  # by id
+        self.rooms: dict[int, int] = {}  # room -> the slot that a new offer or Open would join
+        self.where: dict[tuple[int, int], int] = {}  # (receiver, xfer) -> slot
+        self.given_up: dict[int, e.FerryError] = {}  # rooms that the receiver ended before there was an offer
+        self.contested: set[int] = set()  # slots with a rival
+        self.receivers: dict[int, Receiver] = {}
+        self.newest: dict[str, int] = {}  # receiver name -> its newest incarnation
+        self.writes: dict[WriteId, Write] = {}
+        self.orphans: set[int] = set()  # ended offers whose rows may still be read
+        self.next_slot = 1
+        self.next_serial = 1
+        self.ignored: Counter[str] = Counter()
+        self.refused = ""  # why the last Hello was refused, for people
+        self._effects: list[Effect] = []
+
+    # ============================================================ events from the caller
+
+    def offer(self, room: int, facts: Facts, ready: int = 0) -> tuple[int, list[Effect]]:
+        """Announce `room`. Returns the offer's serial. Raises RoomInUse or Overloaded."""
+        slot = self._slot_at(room)
+        if slot is not None and slot.offer is not None:
+            raise e.RoomInUse(f"room {room} is being sent already", room=room)
+        if slot is None:
+            if len(self.slots) >= self.policy.max_rooms:
+                raise e.Overloaded(f"{len(self.slots)} rooms are live", room=room, hint="Raise max_rooms")
+            slot = self._new_slot(room)
+        slot.offer = Offer(self.next_serial, room, facts, ready)
+        self.next_serial += 1
+        serial = slot.offer.serial
+        given_up = self.given_up.pop(room, None)
+        if given_up is not None and not slot.bindings:
+            self._abort(slot, given_up)
+        self._announce(slot)
+        self._review(slot)
+        return serial, self._take_effects()
+
+    def forget_given_up(self, room: int) -> None:
+        """Too long ago to be about the next offer of that room."""
+        self.given_up.pop(room, None)
+
+    def force_end(self, slot_id: int) -> list[Effect]:
+        """A rank that never opened an aborted room has had its time."""
+        slot = self.slots.get(slot_id)
+        if slot is not None and slot.decision == "abort" and all(b.closed is not None for b in slot.bindings.values()):
+            self._end(slot)
+        return self._take_effects()
+
+    def extend(self, serial: int, ready: int) -> list[Effect]:
+        """`ready` tokens can be read now."""
+        slot = self._slot_of(serial)
+        if slot is not None and slot.offer is not None and ready > slot.offer.ready:
+            slot.offer.ready = ready
+            self._announce(slot)
+            for binding in slot.bindings.values():
+                self._post(slot, binding)
+        return self._take_effects()
+
+    def cancel(self, serial: int, error: e.FerryError) -> list[Effect]:
+        """The caller gives up, a deadline passed, or the driver could not go on: the room is aborted."""
+        slot = self._slot_of(serial)
+        if slot is not None:
+            self._abort(slot, error)
+            self._review(slot)
+        return self._take_effects()
+
+    # ============================================================ events from the driver: the write table
+
+    def write_done(self, write: WriteId, digests: dict[int, int]) -> list[Effect]:
+        """Every attempt at these indices is terminal and the bytes are placed (WS-2)."""
+        w = self._settle(write, set(digests))
+        if w is not None:
+            binding = self._binding(w)
+            if binding is not None and binding.closed is None and binding.epoch == w.epoch > binding.revoked:
+                binding.done.update(digests)
+                self._send_done(binding, digests)
+            self._drained(w)
+        return self._take_effects()
+
+    def write_failed(self, write: WriteId, indices: set[int], error: e.FerryError) -> list[Effect]:
+        """These indices are not placed, and nothing of them can land any more."""
+        w = self._settle(write, indices)
+        if w is not None:
+            self._trouble(w, error)
+            self._drained(w)
+        return self._take_effects()
+
+    def write_unknown(self, write: WriteId, error: e.FerryError) -> list[Effect]:
+        """Not failure: nothing is freed and nothing posted again in this epoch (WS-4). `write_drained` may follow."""
+        w = self.writes.get(write)
+        if w is not None:
+            self._trouble(w, error)
+        return self._take_effects()
+
+    def write_drained(self, write: WriteId, indices: set[int]) -> list[Effect]:
+        """Proved at last: nothing of these indices can land any more. Whether they landed is not said."""
+        w = self._settle(write, indices)
+        if w is not None:
+            self._drained(w)
+        return self._take_effects()
+
+    def _settle(self, write: WriteId, indices: set[int]) -> Write | None:
+        w = self.writes.get(write)
+        if w is None or not indices <= w.outstanding:
+            raise e.InternalError(f"write {write} does not have {sorted(indices)} outstanding")
+        w.outstanding -= indices
+        if not w.outstanding:
+            del self.writes[write]
+        return w
+
+    def _trouble(self, w: Write, error: e.FerryError) -> None:
+        binding = self._binding(w)
+        if binding is None or binding.closed is not None or binding.epoch != w.epoch or binding.trouble is not None:
+            return
+        binding.trouble = (error.code, error.cause[:1000])
+        binding.pending.clear()
+        self._send_trouble(binding)
+
+    def _drained(self, w: Write) -> None:
+        """Fences and ends that waited for this write."""
+        key = (w.receiver, w.xfer)
+        binding = self._binding(w)
+        receiver = self.receivers.get(w.receiver)
+        if binding is not None:
+            if binding.revoked and self._is_drained(key, binding.revoked):
+                self._send_fenced(binding.route, key, binding.revoked)
+            if binding.closed is not None:
+                self._answer_close(self.slots[self.where[key]], binding)
+        elif receiver is not None and self._is_drained(key, EVERY_EPOCH):  # over: nothing is ever posted again
+            self._send_fenced(receiver.route, key, EVERY_EPOCH)
+            self._send(receiver.route, m.Closed(src=self.inc, dst=w.receiver, xfer=w.xfer))
+        self._release_sources()
+
+    def _is_drained(self, key: tuple[int, int], upto: int) -> bool:
+        return not any((w.receiver, w.xfer) == key and w.epoch <= upto for w in self.writes.values())
+
+    # ============================================================ events from the driver: peers
+
+    def connected(self, receiver: int, error: e.FerryError | None) -> list[Effect]:
+        """The transport has taken, or refused, the receiver's descriptor."""
+        r = self.receivers.get(receiver)
+        if r is not None:
+            r.usable = error is None
+            r.generations = [generation for _, generation in m.unpack_regions(r.hello.regions)]
+            for slot in self._slots_of(receiver):
+                for binding in slot.bindings.values():
+                    if binding.receiver == receiver:
+                        self._post(slot, binding)
+        return self._take_effects()
+
+    def receiver_lost(self, receiver: int, error: e.FerryError, *, gone: bool) -> list[Effect]:
+        """Silent for too long, or (`gone`) proved dead. Its ranks are unbound; a new incarnation may open the room."""
+        r = self.receivers.get(receiver)
+        if r is not None:
+            r.gone = r.gone or gone
+            for slot in self._slots_of(receiver):
+                self._unbind(slot, receiver, error)
+                self._review(slot)
+        return self._take_effects()
+
+    # ============================================================ repetition (MSG-2)
+
+    def resend(self, slot_id: int) -> list[Effect]:
+        """Say again all that is true of a room and may have been lost."""
+        slot = self.slots.get(slot_id)
+        if slot is not None:
+            for b in slot.bindings.values():
+                if b.closed is not None:
+                    continue
+                if slot.offer is not None and (b.rank == 0 or slot.admitted):
+                    self._send_announce(slot, b)
+                if b.done:
+                    self._send_done(b, b.done)
+                if b.trouble is not None:
+                    self._send_trouble(b)
+            self._send_decision(slot)
+            if slot.rival is not None:
+                for receiver in {b.receiver for b in slot.bindings.values()}:
+                    self._ping(receiver)
+        return self._take_effects()
+
+    def heartbeat(self, receiver: int) -> list[Effect]:
+        self._ping(receiver)
+        return self._take_effects()
+
+    # ============================================================ messages
+
+    def on_message(self, route: str, message: m.Message) -> list[Effect]:
+        """Handle one message. Whatever is stale, doubled, foreign or unknown changes nothing (MSG-1, MSG-4)."""
+        if isinstance(message, m.Hello):
+            self._on_hello(route, message)
+            return self._take_effects()
+        r = self.receivers.get(message.src)
+        if r is None or message.dst != self.inc:
+            self.ignored["foreign"] += 1
+            if isinstance(message, m.FromReceiver):  # whoever speaks to our predecessor learns of us
+                self._send(route, replace(self.hello, dst=message.src, ack=0))
+            return self._take_effects()
+        r.route = route
+        self._refuse_rivals_of(message.src)
+        match message:
+            case m.Ping():
+                self._send(route, m.Pong(src=self.inc, dst=message.src))
+            case m.ToSender():
+                self._raise_min_live(r, message.min_live)
+                self._on_transfer_message(r, message)
+            case m.Pong():
+                pass
+            case _:
+                self.ignored["foreign"] += 1
+        return self._take_effects()
+
+    def _on_hello(self, route: str, hello: m.Hello) -> None:
+        if hello.dst not in (0, self.inc):
+            self._send(route, replace(self.hello, dst=hello.src, ack=0))
+            return
+        if self.newest.get(hello.name, 0) > hello.src:
+            self.ignored["stale hello"] += 1  # an older incarnation of that receiver (ID-2)
+            return
+        problem = self._incompatible(hello)
+        if problem:
+            self.refused = problem
+            self._send(route, replace(self.hello, dst=hello.src, ack=hello.revision))
+            return
+        r = self.receivers.get(hello.src)
+        if r is None:
+            if len(self.receivers) >= self.policy.max_peers and not self._evict_receiver():
+                self.ignored["too many receivers"] += 1
+                return
+            r = self.receivers[hello.src] = Receiver(route, hello.name, hello)
+            old = self.newest.get(hello.name)
+            self.newest[hello.name] = hello.src
+            if old is not None and old in self.receivers:  # a new incarnation replaces the old one
+                for slot in self._slots_of(old):
+                    self._unbind(slot, old, e.PeerLost("the receiver restarted", room=slot.room, peer=hello.name))
+                    self._review(slot)
+            self._effects.append(Connect(route, hello))
+        elif hello.revision > r.hello.revision:
+            r.hello = hello
+            self._effects.append(Connect(route, hello))
+        r.route = route
+        self._raise_min_live(r, hello.min_live)
+        self._send(route, replace(self.hello, dst=hello.src, ack=r.hello.revision))
+
+    def _incompatible(self, hello: m.Hello) -> str:
+        ours = self.hello
+        if hello.version != ours.version:
+            return f"a receiver speaks protocol {hello.version}, this side {ours.version}"
+        if hello.layout != ours.layout:
+            return "a receiver declares another layout"
+        if hello.block_size != ours.block_size:
+            return f"a receiver has block size {hello.block_size}, this side {ours.block_size}"
+        if not hello.pool_blocks or not 0 < hello.slabs <= hello.pool_blocks:
+            return "a receiver declares an impossible pool"
+        return ""
+
+    def _raise_min_live(self, r: Receiver, min_live: int) -> None:
+        """Everything below is over, for ever: tombstones go (R1)."""
+        if min_live > r.min_live:
+            r.min_live = min_live
+            r.closed.discard(0, min_live)
+            for xfer in [x for x in r.revoked if x < min_live]:
+                del r.revoked[xfer]
+
+    def _on_transfer_message(self, r: Receiver, message: m.ToSender) -> None:
+        key = (message.src, message.xfer)
+        over = message.xfer < r.min_live or message.xfer in r.closed
+        slot_id = self.where.get(key)
+        if isinstance(message, m.Revoke):
+            self._on_revoke(r, key, message.upto, over)
+        elif isinstance(message, m.Close):
+            self._on_close(r, key, message)
+        elif over:
+            self.ignored["over"] += 1  # late: creates no state (ID-3)
+            if message.xfer >= r.min_live:  # or from a receiver that was given up for lost and is back
+                why = "the sender has given this transfer up"
+                self._send(r.route, m.Abort(src=self.inc, dst=key[0], xfer=key[1], code="peer_lost", cause=why))
+        elif isinstance(message, m.Open):
+            self._on_open(r, message)
+        elif slot_id is None:
+            self.ignored["unknown transfer"] += 1
+        else:
+            slot = self.slots[slot_id]
+            binding = next(b for b in slot.bindings.values() if b.key == key)
+            if binding.closed is not None:
+                self.ignored["over"] += 1
+            elif isinstance(message, m.Grant):
+                self._on_grant(r, slot, binding, message)
+            elif isinstance(message, m.Admitted) and binding.rank == 0:
+                if not slot.admitted:
+                    slot.admitted = True
+                    self._announce(slot)
+            elif isinstance(message, m.Complete):
+                self._on_vote(slot, binding, message)
+
+    # ============================================================ opening
+
+    def _on_open(self, r: Receiver, o: m.Open) -> None:
+        key = (o.src, o.xfer)
+        slot_id = self.where.get(key)
+        if slot_id is not None:
+            self._announce_to(self.slots[slot_id], o.rank)
+            return
+        slot = self._slot_at(o.room)
+        if o.rank >= o.ranks or (slot is not None and slot.ranks not in (0, o.ranks)):
+            self._refuse(r.route, key, e.GroupMismatch(
+                f"rank {o.rank} counts {o.ranks} ranks, others of room {o.room} {slot.ranks if slot else 'none'}"
+            ))  # fmt: skip
+            return
+        if slot is not None and o.rank in slot.bindings:
+            taken = slot.bindings[o.rank]
+            if taken.receiver != o.src and taken.closed is None:
+                slot.rival = (r.route, *key)  # a second live one, or the successor of a dead one: its life decides
+                self.contested.add(slot.id)
+                self._ping(taken.receiver)
+            return  # else the next use of the room: this one is still ending, and Open is sent again
+        if slot is None:
+            if len(self.slots) >= self.policy.max_rooms:
+                self._refuse(r.route, key, e.Overloaded("the sender has too many live rooms"))
+                return
+            slot = self._new_slot(o.room)
+        self.given_up.pop(o.room, None)
+        slot.ranks = o.ranks
+        slot.bindings[o.rank] = Binding(r.route, *key, o.rank, o.dummy, revoked=r.revoked.pop(o.xfer, 0))
+        self.where[key] = slot.id
+        slot.touched += 1
+        self._announce_to(slot, o.rank)
+        self._send_decision(slot)
+
+    def _refuse_rivals_of(self, receiver: int) -> None:
+        """A receiver whose rank somebody else wants is alive: the room is in use."""
+        for slot_id in list(self.contested):
+            slot = self.slots.get(slot_id)
+            if slot is None or slot.rival is None:
+                self.contested.discard(slot_id)
+            elif any(b.receiver == receiver for b in slot.bindings.values()):
+                self.contested.discard(slot_id)
+                route, inc, xfer = slot.rival
+                slot.rival = None
+                self._refuse(route, (inc, xfer), e.RoomInUse(f"another receiver has room {slot.room} open"))
+
+    def _announce(self, slot: Slot) -> None:
+        for rank in list(slot.bindings):
+            self._announce_to(slot, rank)
+        slot.touched += 1
+
+    def _announce_to(self, slot: Slot, rank: int) -> None:
+        """Ranks above 0 are told only once rank 0 has its destination (R7)."""
+        binding = slot.bindings[rank]
+        if slot.offer is not None and binding.closed is None and slot.decision != "abort":
+            self._show(slot.offer, Status.WAITING_FOR_INPUT)
+            if rank == 0 or slot.admitted:
+                self._send_announce(slot, binding)
+            self._post(slot, binding)
+
+    # ============================================================ writing
+
+    def _on_grant(self, r: Receiver, slot: Slot, b: Binding, grant: m.Grant) -> None:
+        try:
+            runs = m.unpack_grant(grant.runs)
+        except ValueError:
+            self.ignored["malformed"] += 1
+            return
+        per_slab = -(-r.hello.pool_blocks // r.hello.slabs)
+        for _, block, count, _ in runs:
+            if block + count > r.hello.pool_blocks or block // per_slab != (block + count - 1) // per_slab:
+                self.ignored["grant outside the pool"] += 1  # a peer's number is never trusted (R13)
+                return
+        if grant.epoch <= b.revoked or grant.epoch < b.epoch:
+            self.ignored["stale"] += 1
+            return
+        if grant.epoch > b.epoch:  # the receiver has moved on: what was before is revoked
+            b.epoch, b.revoked = grant.epoch, max(b.revoked, grant.epoch - 1)
+            b.pending.clear()
+            b.posted, b.trouble = Ranges(), None
+            b.done.clear()
+        if b.trouble is not None:
+            return
+        for index in [i for i in b.done if i < grant.prefix]:
+            del b.done[index]
+        for first, block, count, generation in runs:
+            for k in range(count):
+                if first + k not in b.posted:  # at most one post per (epoch, index) (WS-1)
+                    b.pending.setdefault(first + k, (block + k, generation))
+        last = max(first + count for first, _, count, _ in runs) if runs else 0
+        if slot.offer is not None and 0 < b.high < last:
+            self._show(slot.offer, Status.TRANSFERRING)
+        b.high = max(b.high, last)
+        slot.touched += 1
+        self._post(slot, b)
+
+    def _post(self, slot: Slot, b: Binding) -> None:
+        """Write what is granted, readable and addressed to memory that we know."""
+        r = self.receivers[b.receiver]
+        offer = slot.offer
+        if offer is None or not b.pending or not r.usable or b.trouble is not None or slot.decision == "abort":
+            return
+        needed = -(-offer.facts.total // self.hello.block_size)
+        readable = needed if offer.ready >= offer.facts.total else offer.ready // self.hello.block_size
+        per_slab = -(-r.hello.pool_blocks // r.hello.slabs)
+        runs: list[tuple[int, int, int, int]] = []
+        for index, (block, generation) in sorted(b.pending.items()):
+            if index >= needed:  # beyond the announced length: never written (GR-6)
+                del b.pending[index]
+            elif index < readable and r.generations[block // per_slab] == generation:
+                del b.pending[index]
+                if runs and runs[-1][3] == generation and (index, block) == (
+                    runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]
+                ) and block // per_slab == runs[-1][1] // per_slab:  # fmt: skip
+                    runs[-1] = (*runs[-1][:2], runs[-1][2] + 1, generation)
+                else:
+                    runs.append((index, block, 1, generation))
+        if not runs:
+            return
+        indices = {first + k for first, _, count, _ in runs for k in range(count)}
+        for first, _, count, _ in runs:
+            b.posted.add(first, first + count)
+        write = (*b.key, b.epoch, runs[0][0])  # unique: an index is posted at most once in an epoch
+        self.writes[write] = Write(offer.serial, b.receiver, b.xfer, b.epoch, indices)
+        self._effects.append(PostWrite(write, offer.serial, b.route, b.receiver, b.xfer, tuple(runs)))
+
+    def _on_revoke(self, r: Receiver, key: tuple[int, int], upto: int, over: bool) -> None:
+        """WS-3: answered from the write table alone. An unknown transfer leaves a tombstone first (L4)."""
+        binding = self._binding_at(key)
+        if binding is not None:
+            binding.revoked = upto = max(binding.revoked, upto)
+            if binding.epoch <= upto:
+                binding.pending.clear()
+        elif not over:
+            if len(r.revoked) >= self.policy.max_rooms and key[1] not in r.revoked:
+                self.ignored["too many revoked"] += 1
+                return
+            r.revoked[key[1]] = upto = max(upto, r.revoked.get(key[1], 0))
+        if self._is_drained(key, upto):
+            self._send_fenced(r.route, key, upto)
+
+    # ============================================================ votes and ends
+
+    def _on_vote(self, slot: Slot, b: Binding, vote: m.Complete) -> None:
+        if b.vote is None:
+            b.vote = vote.ok
+            slot.touched += 1
+        if not b.vote and slot.decision is None:
+            self._abort(slot, e.from_code(vote.code or "peer_lost", vote.cause, room=slot.room))
+        self._review(slot)
+        self._send_decision(slot)
+
+    def _on_close(self, r: Receiver, key: tuple[int, int], close: m.Close) -> None:
+        slot_id = self.where.get(key)
+        if slot_id is None:
+            if key[1] >= r.min_live:
+                r.closed.add(key[1])  # an Open that is still on its way must find it over (ID-3)
+                r.revoked.pop(key[1], None)
+            if self._is_drained(key, EVERY_EPOCH):
+                self._send(r.route, m.Closed(src=self.inc, dst=key[0], xfer=key[1]))
+            return
+        slot = self.slots[slot_id]
+        binding = next(b for b in slot.bindings.values() if b.key == key)
+        if binding.closed is None:
+            binding.closed = close.code
+            binding.pending.clear()
+            slot.touched += 1
+            if close.code and slot.decision is None:
+                error = e.from_code(close.code, close.cause, room=slot.room, peer=r.name)
+                if slot.offer is None and len(self.given_up) < self.policy.max_rooms:
+                    self.given_up[slot.room] = error
+                self._abort(slot, error)
+        self._answer_close(slot, binding)
+        self._review(slot)
+
+    def _abort(self, slot: Slot, error: e.FerryError) -> None:
+        """The first decision stands (TP-4). The caller learns it at once; the receivers until they have closed."""
+        if slot.decision is None:
+            slot.decision, slot.abort = "abort", (error.code, error.cause[:1000])
+            for binding in slot.bindings.values():
+                binding.pending.clear()
+            self._tell(slot, error)
+            slot.touched += 1
+            if slot.ranks <= 1 and self.rooms.get(slot.room) == slot.id:
+                del self.rooms[slot.room]  # a lone receiver opens its next use only after the end of this one
+        self._send_decision(slot)
+
+    def _review(self, slot: Slot) -> None:
+        """Decide, and end what is at its end."""
+        if self.slots.get(slot.id) is not slot:
+            return
+        whole = slot.ranks > 0 and len(slot.bindings) == slot.ranks
+        if slot.decision is None and slot.offer is not None and whole:
+            delivered = slot.ranks == 1 and slot.bindings[0].closed == ""
+            if delivered or (slot.ranks > 1 and all(b.vote for b in slot.bindings.values())):
+                slot.decision = "commit"
+                self._send_decision(slot)
+        if any(b.closed is None for b in slot.bindings.values()):
+            return
+        if slot.decision == "commit":
+            self._tell(slot, None)
+            self._end(slot)
+        elif slot.decision == "abort":
+            if slot.ranks <= 1 or whole:  # a rank that opens late must find this use, not the next one
+                self._end(slot)
+        elif slot.offer is None and not slot.bindings:
+            self._end(slot)
+
+    def _answer_close(self, slot: Slot, b: Binding) -> None:
+        """Closed says that no write of the transfer is left; to rank 0, that every rank of the room has closed (R7)."""
+        if b.rank == 0 and any(x.closed is None for x in slot.bindings.values()):
+            return
+        if self._is_drained(b.key, EVERY_EPOCH):
+            self._send(b.route, m.Closed(src=self.inc, dst=b.receiver, xfer=b.xfer))
+
+    def _end(self, slot: Slot) -> None:
+        """Everybody has closed: tombstones, answers, and the caller's rows as soon as nothing reads them (WM-6)."""
+        for b in slot.bindings.values():
+            self._bury(b)
+            if b.rank == 0:
+                self._answer_close(slot, b)
+        del self.slots[slot.id]
+        self.contested.discard(slot.id)
+        if self.rooms.get(slot.room) == slot.id:
+            del self.rooms[slot.room]
+        if slot.offer is not None:
+            self.orphans.add(slot.offer.serial)
+        self._release_sources()
+
+    def _bury(self, b: Binding) -> None:
+        self.where.pop(b.key, None)
+        r = self.receivers.get(b.receiver)
+        if r is not None and b.xfer >= r.min_live:
+            r.closed.add(b.xfer)
+
+    def _unbind(self, slot: Slot, receiver: int, error: e.FerryError) -> None:
+        """A receiver is lost. What it had not finished may be opened again by its successor, unless a group decided."""
+        for rank, b in list(slot.bindings.items()):
+            if b.receiver != receiver:
+                continue
+            if slot.decision is not None or slot.ranks > 1:
+                if slot.decision is None:
+                    self._abort(slot, error)
+                if b.closed is None:
+                    b.closed = error.code
+            else:
+                self._bury(b)
+                del slot.bindings[rank]
+        if not slot.bindings:
+            slot.ranks, slot.admitted = 0, False
+        slot.rival = None
+        slot.touched += 1
+
+    def _release_sources(self) -> None:
+        reading = {w.serial for w in self.writes.values()}
+        for serial in sorted(self.orphans - reading):
+            self.orphans.discard(serial)
+            self._effects.append(ReleaseSource(serial))
+
+    def _tell(self, slot: Slot, error: e.FerryError | None) -> None:
+        offer = slot.offer
+        if offer is not None and not offer.told:
+            offer.told, offer.error = True, error
+            offer.status = Status.SUCCESS if error is None else Status.FAILED
+            self._effects.append(Ended(offer.serial, error))
+
+    def _show(self, offer: Offer, status: Status) -> None:
+        order = list(Status)
+        if not offer.told and order.index(status) > order.index(offer.status):
+            offer.status = status
+            self._effects.append(Progressed(offer.serial))
+
+    # ============================================================ looking things up
+
+    def _new_slot(self, room: int) -> Slot:
+        slot = self.slots[self.next_slot] = Slot(self.next_slot, room)
+        self.rooms[room] = slot.id
+        self.next_slot += 1
+        return slot
+
+    def _slot_at(self, room: int) -> Slot | None:
+        slot_id = self.rooms.get(room)
+        return self.slots[slot_id] if slot_id is not None else None
+
+    def _slot_of(self, serial: int) -> Slot | None:
+        return next((s for s in self.slots.values() if s.offer is not None and s.offer.serial == serial), None)
+
+    def _slots_of(self, receiver: int) -> list[Slot]:
+        return [s for s in self.slots.values() if any(b.receiver == receiver for b in s.bindings.values())]
+
+    def _binding_at(self, key: tuple[int, int]) -> Binding | None:
+        slot_id = self.where.get(key)
+        if slot_id is None:
+            return None
+        return next((b for b in self.slots[slot_id].bindings.values() if b.key == key), None)
+
+    def _binding(self, w: Write) -> Binding | None:
+        return self._binding_at((w.receiver, w.xfer))
+
+    def _evict_receiver(self) -> bool:
+        """Room for a new receiver: one that is proved gone is forgotten."""
+        busy = {key[0] for key in self.where}
+        gone = next((inc for inc, r in self.receivers.items() if r.gone and inc not in busy), None)
+        if gone is not None:
+            r = self.receivers.pop(gone)
+            if self.newest.get(r.name) == gone:
+                del self.newest[r.name]
+        return gone is not None
+
+    # ============================================================ saying things
+
+    def _send(self, route: str, message: m.Message) -> None:
+        self._effects.append(Send(route, message))
+
+    def _ping(self, receiver: int) -> None:
+        r = self.receivers.get(receiver)
+        if r is not None:
+            self._send(r.route, m.Ping(src=self.inc, dst=receiver))
+
+    def _refuse(self, route: str, key: tuple[int, int], error: e.FerryError) -> None:
+        self._send(route, m.Refused(src=self.inc, dst=key[0], xfer=key[1], code=error.code, cause=error.cause[:1000]))
+
+    def _send_announce(self, slot: Slot, b: Binding) -> None:
+        assert slot.offer is not None
+        f = slot.offer.facts
+        self._send(b.route, m.Announce(
+            src=self.inc, dst=b.receiver, xfer=b.xfer, total=f.total, content_id=f.content_id, present=f.present,
+            aux=f.aux, integrity=f.integrity, ready=slot.offer.ready,
+        ))  # fmt: skip
+
+    def _send_done(self, b: Binding, digests: dict[int, int]) -> None:
+        indices = sorted(digests)
+        for k in range(0, len(indices), m.MAX_RUNS):
+            part = indices[k : k + m.MAX_RUNS]
+            self._send(b.route, m.Done(
+                src=self.inc, dst=b.receiver, xfer=b.xfer, epoch=b.epoch, runs=m.pack_done(runs_of(part)),
+                digests=m.pack_digests(digests[i] for i in part),
+            ))  # fmt: skip
+
+    def _send_trouble(self, b: Binding) -> None:
+        assert b.trouble is not None
+        code, cause = b.trouble
+        self._send(b.route, m.Trouble(src=self.inc, dst=b.receiver, xfer=b.xfer, epoch=b.epoch, code=code, cause=cause))
+
+    def _send_fenced(self, route: str, key: tuple[int, int], upto: int) -> None:
+        self._send(route, m.Fenced(src=self.inc, dst=key[0], xfer=key[1], upto=upto))
+
+    def _send_decision(self, slot: Slot) -> None:
+        """COMMIT and ABORT go to the leader (R7); a lone receiver is its own leader and needs no COMMIT."""
+        leader = slot.bindings.get(0)
+        if leader is None or leader.closed is not None or slot.decision is None:
+            return
+        about = {"src": self.inc, "dst": leader.receiver, "xfer": leader.xfer}
+        if slot.decision == "abort":
+            self._send(leader.route, m.Abort(**about, code=slot.abort[0], cause=slot.abort[1]))
+        elif slot.ranks > 1:
+            self._send(leader.route, m.Commit(**about))
+
+    def _take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    # ============================================================ for exploration: protocol state only (R11)
+
+    def snapshot(self) -> Snapshot:
+        return (
+            tuple(
+                (
+                    s.id, s.room, s.ranks, s.admitted, s.decision, s.abort, s.rival,
+                    s.offer and (s.offer.serial, s.offer.facts, s.offer.ready, s.offer.told,
+                                 s.offer.error and s.offer.error.code),
+                    tuple(
+                        (b.route, b.receiver, b.xfer, b.rank, b.dummy, b.epoch, b.revoked,
+                         tuple(sorted(b.pending.items())), b.posted.ranges(), tuple(sorted(b.done.items())),
+                         b.trouble, b.vote, b.closed)
+                        for _, b in sorted(s.bindings.items())
+                    ),
+                )
+                for s in self.slots.values()
+            ),
+            tuple(
+                (inc, r.route, r.name, r.hello, r.min_live, r.closed.ranges(), tuple(sorted(r.revoked.items())),
+                 r.usable, r.gone)
+                for inc, r in sorted(self.receivers.items())
+            ),
+            tuple(sorted(self.newest.items())),
+            tuple(
+                (key, w.serial, w.receiver, w.xfer, w.epoch, tuple(sorted(w.outstanding)))
+                for key, w in sorted(self.writes.items())
+            ),
+            tuple(sorted(self.rooms.items())), tuple((room, x.code) for room, x in sorted(self.given_up.items())),
+            tuple(sorted(self.orphans)), self.next_slot, self.next_serial,
+        )  # fmt: skip
+
+    def restore(self, snapshot: Snapshot) -> None:
+        slots, receivers, newest, writes, rooms, given_up, orphans, self.next_slot, self.next_serial = snapshot
+        self.slots, self.where, self.contested = {}, {}, set()
+        for id_, room, ranks, admitted, decision, abort, rival, offer, bindings in slots:
+            slot = Slot(id_, room, None, ranks, {}, admitted, decision, abort, rival)
+            if offer is not None:
+                serial, facts, ready, told, code = offer
+                error = e.from_code(code, "restored") if code else None
+                slot.offer = Offer(serial, room, facts, ready, told=told, error=error)
+            for row in bindings:
+                b = Binding(*row[:7])
+                pending, posted, done, b.trouble, b.vote, b.closed = row[7:]
+                b.pending, b.posted, b.done = dict(pending), Ranges(posted), dict(done)
+                slot.bindings[b.rank] = b
+                self.where[b.key] = id_
+            self.slots[id_] = slot
+            if rival is not None:
+                self.contested.add(id_)
+        self.receivers = {}
+        for inc, route, name, hello, min_live, closed, revoked, usable, gone in receivers:
+            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone)
+            r.generations = [generation for _, generation in m.unpack_regions(hello.regions)]
+            self.receivers[inc] = r
+        self.newest, self.rooms, self.orphans = dict(newest), dict(rooms), set(orphans)
+        self.writes = {key: Write(a, b, c, d, set(outstanding)) for key, a, b, c, d, outstanding in writes}
+        self.given_up = {room: e.from_code(code, "restored") for room, code in given_up}
+        self._effects = []
