@@ -1,0 +1,90 @@
+"""The `tensorferry` command: finds the sub-command, runs it, and turns errors into cause, hint and exit status.
+
+Commands live in tensorferry.commands, one module each, with `add(commands, common)` and `run(args, output)`. None of
+them imports torch, rich or an engine before it has to, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tensorferry._version import __version__
+from tensorferry.commands import config, demo, transports
+from tensorferry.commands.flags import common
+from tensorferry.commands.output import Exit, Output, exit_for
+from tensorferry.core.errors import Cancelled, FerryError, InternalError
+
+COMMANDS = (demo, transports, config)
+
+_EPILOG = """\
+examples:
+  tensorferry demo                          move a real embedding that is larger than the pool
+  tensorferry demo --synthetic --rooms 4    four at once, of random numbers
+  tensorferry transports --why              what can move bytes here, and why not the others
+  tensorferry config show --origin          every setting, and where its value comes from
+
+exit status: 0 done, 1 failed, 2 wrong usage, 3 cannot run here
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong and how to get help, without repeating all of the usage. Flags are written out in full, so
+    that a flag which comes later cannot change what a script means."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(Exit.USAGE, f"error: {message}\nhint:  `{self.prog} --help` shows the flags and examples\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    root = _Parser(
+        prog="tensorferry",
+        description="Moves variable-length embeddings between processes through a fixed pool of blocks, "
+        "in as many rounds as it takes.",
+        epilog=_EPILOG,
+    )
+    root.add_argument("--version", action="version", version=f"tensorferry {__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shared = common()
+    for command in COMMANDS:
+        command.add(commands, shared)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Prints errors itself: nothing escapes but SystemExit from argparse."""
+    args = parser().parse_args(argv)
+    out = Output(json=args.format == "json")
+    if args.debug:
+        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        return int(args.run(args, out))
+    except FerryError as error:
+        return _failed(out, error, args.debug)
+    except KeyboardInterrupt:
+        return _failed(out, Cancelled("interrupted"), args.debug)
+    except BrokenPipeError:
+        # Whoever read our output has closed it (`| head`). Point it elsewhere so that the flush at exit is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.FAILED)
+    except Exception as error:  # noqa: BLE001  a defect of ours: said in one line, with the way to see all of it
+        hint = "Please report this, with what `--debug` adds to this output"
+        return _failed(out, InternalError(f"{type(error).__name__}: {error}", hint=hint), args.debug)
+
+
+def _failed(out: Output, error: FerryError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    out.error(error)
+    return int(exit_for(error))

@@ -1,0 +1,1 @@
+"""What the `tensorferry` command can do, one module a command. Nothing here is imported by `import tensorferry`."""
