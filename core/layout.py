@@ -85,8 +85,9 @@ class Component:
                 f"component {name}: shape {self.shape} must have dimensions of at least 1 and less than 2 GiB a token"
             )
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
+        """Bytes of one token's entry."""
         return DTYPE_BYTES[self.dtype] * prod(self.shape)
 
 
@@ -139,10 +140,12 @@ class Layout:
         return sum(1 << k for k, name in enumerate(self.names) if name in given)
 
     def present(self, bitmap: int) -> tuple[str, ...]:
-        """The names of a presence bitmap, sorted. Raises ValueError for bits without a component, or for a
-        missing component that is not optional."""
+        """The names of a presence bitmap, sorted. Raises ValueError for bits without a component, for none
+        at all, or for a missing component that is not optional."""
         if not 0 <= bitmap < 1 << len(self.names):
             raise ValueError(f"presence bitmap {bitmap:#x} names components that the layout does not have")
+        if not bitmap:
+            raise ValueError("no component is present")
         names = tuple(name for k, name in enumerate(self.names) if bitmap >> k & 1)
         missing = [name for name in self.names if name not in names and not self[name].optional]
         if missing:

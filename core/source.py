@@ -53,6 +53,8 @@ class Source:
         missing = [n for n in layout.names if n not in given and not layout[n].optional]
         if missing:
             raise BadTensor(f"{_listed(missing)} is missing: it is not optional in this layout")
+        if not given:
+            raise BadTensor(f"a transfer needs at least one component of {_listed(layout.names)}")
         if total_tokens < 0:
             raise BadCall(f"a transfer cannot have {total_tokens} tokens")
         self.layout = layout
