@@ -136,6 +136,7 @@ class Courier:
         def remove() -> None:
             self._links.discard(link)
             link.end("the peer was disconnected")
+            link.watch = None  # its file goes now, and not when the garbage collector comes
 
         self.call(remove)
 
@@ -310,6 +311,10 @@ class Courier:
                 except OSError as error:  # it is a courtesy: without it the peer waits for our process to end
                     log.debug("cannot tell a peer of the end: %s", error)
         self.drop_files()
+        for link in self._links:
+            link.watch = None
+        self._links.clear()
+        self._guests.clear()
         self._filling.clear()
 
     def drop_files(self) -> None:

@@ -1,0 +1,124 @@
+"""A shm transport that is told what to do, one JSON line at a time. Run as a program by the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from typing import Any
+
+from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.core.transport import Copy, Region, RemoteRegion, Status
+
+
+class Peer:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.transport = ShmTransport(ShmOptions(**options))
+        self.regions: list[Region] = []
+        self.peer: Any = None
+
+    def describe(self) -> str:
+        return self.transport.describe().hex()
+
+    def share(self, nbytes: int) -> list[int]:
+        """Register a region and say its id and generation."""
+        region = self.transport.register(self.transport.allocate(nbytes))
+        self.regions.append(region)
+        return [region.id, region.generation]
+
+    def retire(self) -> None:
+        self.transport.retire(self.regions[-1])
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.regions[-1].memory.view()).hexdigest()
+
+    def connect(self, descriptor: str) -> None:
+        self.peer = self.transport.connect(bytes.fromhex(descriptor))
+
+    def write(self, region: list[int], seed: int, nbytes: int) -> list[str]:
+        """Write `nbytes` seeded bytes into the region; the final status and the digest of what was written."""
+        source = self.transport.allocate(nbytes)
+        source.view()[:] = seeded(seed, nbytes)
+        handle = self.transport.post(self.peer, [Copy(source, 0, RemoteRegion(*region), 0, nbytes)])
+        while (status := self.transport.poll(handle)) is Status.PENDING:
+            time.sleep(0.001)
+        return [status.name, hashlib.sha256(source.view()).hexdigest()]
+
+    def state(self) -> str:
+        return str(self.transport.peer_state(self.peer))
+
+    def lose_connections(self) -> None:
+        """What a daemonizing application does to files that it does not know: close them under their owner."""
+        courier = self.transport._courier
+        for guest in list(courier._guests):
+            guest.connection.close()
+        courier._listener.close()
+
+    def fork(self) -> int:
+        """Fork a child that lives until it is killed."""
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        return child
+
+    def fork_and_use(self) -> dict[str, str]:
+        """What a forked child gets from each verb of the transport that it inherited."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            answers = {}
+            for verb, call in {
+                "describe": self.transport.describe,
+                "poll": lambda: self.transport.poll(1),
+                "allocate": lambda: self.transport.allocate(4096),
+                "close": self.transport.close,
+            }.items():
+                try:
+                    call()
+                    answers[verb] = "returned"
+                except Exception as error:  # noqa: BLE001 - which one is the answer
+                    answers[verb] = type(error).__name__
+            os.write(writer, json.dumps(answers).encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader, encoding="utf-8") as pipe:
+            answers = json.loads(pipe.read())
+        os.waitpid(child, 0)
+        return answers
+
+    def limit_files(self, more: int | None) -> None:
+        """Allow only so many further files; None: as before."""
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if more is None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + more, hard))
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def seeded(seed: int, nbytes: int) -> bytes:
+    return hashlib.shake_256(seed.to_bytes(8, "little")).digest(nbytes)
+
+
+def main() -> None:
+    peer = Peer(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        verb, arguments = json.loads(line)
+        try:
+            answer = {"value": getattr(peer, verb)(**arguments)}
+        except Exception as error:  # noqa: BLE001 - told to the test
+            answer = {"error": repr(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Two ends of a transport, a second process to put one of them in, and a way to hold copies back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorferry.backends import _copier
+from tensorferry.backends.memory import MemoryOptions, MemoryTransport
+from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
+
+PATIENCE_S = 30.0
+
+
+def eventually(condition: Callable[[], Any], what: str = "") -> Any:
+    """The condition's first true value; fails when there is none for half a minute."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never: {what or condition}"
+        time.sleep(0.001)
+    return value
+
+
+def ended(transport: Transport, handle: int) -> Status:
+    """The handle's terminal status."""
+    eventually(lambda: transport.poll(handle) in (Status.DONE, Status.FAILED), f"the end of handle {handle}")
+    return transport.poll(handle)
+
+
+def filled(transport: Transport, data: bytes) -> Memory:
+    memory = transport.allocate(len(data))
+    memory.view()[:] = data
+    return memory
+
+
+def at(region: Region) -> RemoteRegion:
+    return RemoteRegion(region.id, region.generation)
+
+
+@dataclass
+class Pair:
+    """Two ends of one kind in this process: `writer` writes into `region` of `owner`."""
+
+    name: str
+    open: Callable[[], Transport]
+    owner: Transport
+    writer: Transport
+    region: Region
+    peer: Any
+
+    def post(self, data: bytes, offset: int = 0) -> int:
+        source = filled(self.writer, data)
+        return self.writer.post(self.peer, [Copy(source, 0, at(self.region), offset, len(data))])
+
+    def landed(self) -> bytes:
+        return bytes(self.region.memory.view())
+
+    def reconnect(self) -> None:
+        assert self.writer.connect(self.owner.describe()) is self.peer
+
+
+REGION_BYTES = 4096
+
+OPENERS: dict[str, Callable[[], Transport]] = {
+    "memory": lambda: MemoryTransport(MemoryOptions()),
+    "shm": lambda: ShmTransport(ShmOptions()),
+}
+
+
+@dataclass
+class Brake:
+    """Holds back every chunk that a copier wants to copy, until it is let go."""
+
+    waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    off: bool = False
+    chunks: int = 0
+
+    def memmove(self, destination: int, source: int, nbytes: int) -> object:
+        if not self.off:
+            self.waiting.release()
+            assert self.go.acquire(timeout=PATIENCE_S)
+        self.chunks += 1
+        return ORIGINAL(destination, source, nbytes)
+
+    def until_held(self) -> None:
+        assert self.waiting.acquire(timeout=PATIENCE_S), "no copy came"
+
+    def let_one_go(self) -> None:
+        self.go.release()
+
+    def release(self) -> None:
+        self.off = True
+        self.go.release(1000)
+
+
+ORIGINAL = _copier.memmove
+
+
+class Process:
+    """A shm transport in another process, which does what it is told by `ask`."""
+
+    def __init__(self, **options: object) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("peer_process.py")), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.popen.pid
+
+    def tell(self, verb: str, **arguments: object) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(json.dumps([verb, arguments]) + "\n")
+        self.popen.stdin.flush()
+
+    def hear(self) -> Any:
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        assert line, "the process has ended"
+        answer = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        return answer["value"]
+
+    def ask(self, verb: str, **arguments: object) -> Any:
+        self.tell(verb, **arguments)
+        return self.hear()
+
+    def describe(self) -> bytes:
+        return bytes.fromhex(self.ask("describe"))
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until each of its threads has stopped."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        for stream in (self.popen.stdin, self.popen.stdout):
+            if stream is not None:
+                stream.close()
