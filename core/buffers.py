@@ -80,7 +80,9 @@ class Destination:
         for name in self.names:
             component = layout[name]
             try:
-                tensor = torch.empty((total, *component.shape), dtype=getattr(torch, component.dtype))
+                # A serving process may well have set another default device.
+                dtype = getattr(torch, component.dtype)
+                tensor = torch.empty((total, *component.shape), dtype=dtype, device="cpu")
             except (MemoryError, RuntimeError) as error:  # torch's allocator says RuntimeError
                 raise TooLarge(
                     f"no memory for the {self.nbytes} bytes of {total} tokens: {error}",
@@ -101,9 +103,10 @@ class Destination:
         """Tokens [start, stop) of each component, `[stop - start, *shape]`: views of the result to come."""
         if not 0 <= start <= stop <= self.total:
             raise BadCall(f"tokens [{start}, {stop}) are not in {self.total}")
-        if not self._tensors and self.names:
+        tensors = self._tensors  # once: `result` may be called on another thread meanwhile
+        if not tensors and self.names:
             raise BadCall("the destination was handed over")
-        return {name: tensor[start:stop] for name, tensor in self._tensors.items()}
+        return {name: tensor[start:stop] for name, tensor in tensors.items()}
 
     def result(self, aux: Iterable[int]) -> Result:
         """Hand the tensors over, once; nothing is copied. Raises BadCall the second time."""

@@ -23,8 +23,8 @@ from msgspec import Meta, Struct
 PROTOCOL_VERSION = 1
 
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
-U64 = Annotated[int, Meta(ge=0, lt=1 << 64)]
-Room = Annotated[int, Meta(ge=0, lt=1 << 63)]
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Room = U63
 Rank = Annotated[int, Meta(ge=0, lt=4096)]
 Text = Annotated[str, Meta(max_length=1024)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -42,20 +42,20 @@ _REGION = struct.Struct("<II")
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """What every message has."""
 
-    src: U64
-    dst: U64
+    src: U63
+    dst: U63
 
 
 class FromReceiver(Message, frozen=True, kw_only=True):
-    min_live: U64
+    min_live: U63
 
 
 class OfTransfer(Message, frozen=True, kw_only=True):
-    xfer: U64
+    xfer: U63
 
 
 class ToSender(FromReceiver, frozen=True, kw_only=True):
-    xfer: U64
+    xfer: U63
 
 
 # ---- both ways -----------------------------------------------------------------------------------------------

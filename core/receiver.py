@@ -158,8 +158,11 @@ class ReceiverMachine:
 
     def peer_silent(self, route: str, error: e.FerryError) -> list[Effect]:
         """Nothing was heard for too long. Suspicion ends transfers; it frees nothing (GR-3)."""
-        for t in self._of_peer(route):
-            self._give_up(t, error)
+        for t in [t for t in self.transfers.values() if t.route == route]:
+            if t.live:
+                self._give_up(t, error)
+            t.closed = t.closed or not t.live  # it will not answer Close either
+            self._maybe_forget(t)
         if route in self.peers:
             peer = self.peers[route]
             peer.inc, peer.usable, peer.ack, peer.revision = 0, False, 0, -1  # whoever answers next is welcome
@@ -707,6 +710,10 @@ class ReceiverMachine:
 
     def _hello(self, peer: Peer) -> m.Hello:
         return replace(self.hello, dst=peer.inc, min_live=self.min_live, ack=max(peer.revision, 0))
+
+    def hello_with(self, offers: tuple[m.Offer, ...]) -> m.Hello:
+        """Our Hello with the transport's newest descriptor; `slab_replaced` raises the revision."""
+        return replace(self.hello, offers=offers)
 
     def _send_open(self, t: Transfer) -> None:
         self._to_sender(t, m.Open, room=t.room, rank=self.group.rank, ranks=self.group.ranks, dummy=t.dummy)

@@ -83,6 +83,7 @@ class Slot:
     abort: tuple[str, str] = ("", "")
     rival: tuple[str, int, int] | None = None  # (route, incarnation, xfer) that opened a rank which is taken
     touched: int = 0
+    lost: str | None = None  # not protocol state: why nobody has the room open any more
 
 
 WriteId = tuple[int, int, int, int]
@@ -665,7 +666,7 @@ class SenderMachine:
                 self._bury(b)
                 del slot.bindings[rank]
         if not slot.bindings:
-            slot.ranks, slot.admitted = 0, False
+            slot.ranks, slot.admitted, slot.lost = 0, False, error.cause
         slot.rival = None
         slot.touched += 1
 

@@ -1,0 +1,155 @@
+"""The control channel: frames over ZMQ, and nothing else. One thread owns it (the endpoint's I/O thread).
+
+A *route* names where a message goes: an address that we connected to (tcp://host:port), or the identity of somebody who
+connected to us. A peer that cannot be reached costs nothing: messages to it queue up to a bound and are then dropped,
+because every message is said again as long as it is true. Frames that do not decode are counted by reason and dropped;
+they never reach a machine and never end the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from contextlib import suppress
+
+import zmq
+
+from tensorferry.core.errors import ConfigError
+from tensorferry.core.messages import Message
+from tensorferry.core.wire import MAX_FRAME_BYTES, BadFrame, decode, encode
+
+log = logging.getLogger("tensorferry.control")
+
+QUEUE_FRAMES = 10_000
+"""Frames queued for one peer before new ones are dropped."""
+
+FLUSH_MS = 500
+"""How long `close` lets queued frames leave."""
+
+MOST_FRAMES_A_TURN = 256
+"""Frames taken from one socket before others, timers and writes have their turn."""
+
+
+class Control:
+    """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to.
+
+    Raises ConfigError for an address that cannot be bound.
+    """
+
+    def __init__(self, identity: bytes, bind: str = "") -> None:
+        self.identity = identity
+        self.dropped: Counter[str] = Counter()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._router: zmq.Socket[bytes] | None = None
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self.address = ""
+        if bind:
+            try:
+                self._router = self._socket(zmq.ROUTER, bind)
+                self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+                self._router.bind(bind)
+            except zmq.ZMQError as problem:
+                self.close()
+                raise ConfigError(
+                    f"cannot bind {bind!r}: {problem.strerror}", hint="Give tcp://HOST:PORT, port 0 for any free one"
+                ) from problem
+            self._poller.register(self._router, zmq.POLLIN)
+            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, FLUSH_MS)
+        socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.IPV6, int("[" in address))
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        return socket
+
+    def connect(self, address: str) -> None:
+        """Open a route to `address`; nothing waits for it to answer. Raises ConfigError for what is no address."""
+        if address in self._dealers:
+            return
+        socket = self._socket(zmq.DEALER, address)
+        socket.setsockopt(zmq.ROUTING_ID, self.identity)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as problem:
+            socket.close(0)
+            raise ConfigError(
+                f"{address!r} is no address to connect to: {problem.strerror}", hint="Give tcp://HOST:PORT"
+            ) from problem
+        self._dealers[address] = socket
+        self._poller.register(socket, zmq.POLLIN)
+
+    def send(self, route: str, message: Message) -> None:
+        """Queue a message. What cannot be queued is dropped and counted: it will be said again."""
+        frame = encode(message)
+        try:
+            dealer = self._dealers.get(route)
+            if dealer is not None:
+                dealer.send(frame, zmq.NOBLOCK)
+            elif self._router is not None:
+                self._router.send_multipart([bytes.fromhex(route), frame], zmq.NOBLOCK)
+            else:
+                self.dropped["no route"] += 1
+        except (zmq.Again, ValueError):
+            self.dropped["no route" if route not in self._dealers else "queue full"] += 1
+        except zmq.ZMQError as problem:
+            self.dropped["unroutable"] += 1
+            log.debug("message to %s dropped: %s", route, problem)
+
+    def receive(self, timeout: float) -> list[tuple[str, Message]]:
+        """Wait up to `timeout` seconds for frames or a wake; returns what decodes, with the route that answers it."""
+        ready = dict(self._poller.poll(max(0, int(timeout * 1000 + 0.999))))
+        if ready.pop(self._wake_fd, None):
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        received: list[tuple[str, Message]] = []
+        for address, dealer in self._dealers.items():
+            if dealer in ready:
+                self._drain(dealer, address, received)
+        if self._router is not None and self._router in ready:
+            self._drain(self._router, "", received)
+        return received
+
+    def _drain(self, socket: zmq.Socket[bytes], address: str, received: list[tuple[str, Message]]) -> None:
+        for _ in range(MOST_FRAMES_A_TURN):
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            route = address
+            if not address:
+                route, parts = parts[0].hex(), parts[1:]
+            if len(parts) != 1:
+                self.dropped["parts"] += 1
+                continue
+            try:
+                received.append((route, decode(parts[0])))
+            except BadFrame as problem:
+                self.dropped[problem.reason] += 1
+                if sum(self.dropped.values()) == 1:  # once: whoever sends garbage must not fill a log
+                    log.warning("a frame from %s was dropped (%s); later ones are only counted", route, problem)
+
+    def wake(self) -> None:
+        """Make `receive` return. The one method that any thread may call."""
+        with suppress(OSError):  # closed meanwhile: nobody is left to be woken
+            os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Let queued frames leave for FLUSH_MS at most. Idempotent."""
+        if self._wake_fd < 0:
+            return
+        fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)
+        for socket in [*self._dealers.values(), *([self._router] if self._router is not None else [])]:
+            socket.close(FLUSH_MS)
+        self._dealers.clear()
+        self._router = None
+        self._context.term()

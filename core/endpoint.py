@@ -1,0 +1,214 @@
+"""What both endpoints share: one I/O thread that owns the machine, the control channel and the transport (R10).
+
+Callers never touch them: they hand the thread a function (`_call`) and wait for its result, or read what the thread
+has published on a transfer. So `poll` has no effect on the protocol, however often it is called. An error over one
+room, message or write is that room's error; the thread goes on serving the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, Self
+
+from tensorferry.core import messages as m
+from tensorferry.core.control import Control
+from tensorferry.core.effects import Effect, Send
+from tensorferry.core.errors import BadCall, Cancelled, FerryError, InternalError, TransportMismatch, VersionMismatch
+from tensorferry.core.layout import Layout
+from tensorferry.core.settings import Settings
+from tensorferry.core.timing import IDLE_TICK, TICK, Watches, new_incarnation
+from tensorferry.core.transport import CONTRACT_VERSION, Transport
+
+log = logging.getLogger("tensorferry.endpoint")
+
+BUSY_POLL = 0.0002
+"""Seconds between polls of a transport that does not wake us while writes are under way."""
+
+CLOSE_SECONDS = 1.0
+"""How long `close` waits for peers to hear that it is over."""
+
+CALL_SECONDS = 60.0
+"""A caller's own request is answered by the I/O thread within a turn; beyond this something is badly wrong."""
+
+
+class Endpoint:
+    """Base of the two endpoints. Subclasses supply `_on_message`, `_carry_out`, `_progress`, `_tick`, `_wind_down`."""
+
+    def __init__(self, layout: Layout, transport: Transport, settings: Settings, *, bind: str, name: str) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.transport = transport
+        self.incarnation = new_incarnation(time.time_ns(), random.getrandbits(12))
+        self.name = name or f"{os.getpid()}-{self.incarnation:x}"
+        self._watches = Watches()
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed: dict[Any, None] = {}
+        self._pid = os.getpid()
+        self._closing = False
+        self._stopped = threading.Event()
+        self._close_lock = threading.Lock()
+        self._control = Control(f"{self.incarnation:016x}".encode(), bind)
+        if transport.capabilities.wakes:
+            transport.on_progress(self._control.wake)
+        self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
+
+    # ---- for subclasses ----------------------------------------------------------------------------------------
+
+    def _on_message(self, route: str, message: m.Message, now: float) -> None:
+        raise NotImplementedError
+
+    def _carry_out(self, effect: Effect) -> None:
+        raise NotImplementedError
+
+    def _progress(self) -> bool:
+        """Look after the transport; True while something is under way there."""
+        raise NotImplementedError
+
+    def _tick(self, now: float) -> bool:
+        """Timers; True while anything is live."""
+        raise NotImplementedError
+
+    def _wind_down(self) -> bool:
+        """End everything; True when the peers have heard."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """The thread is at its end: give up memory and transport."""
+        raise NotImplementedError
+
+    def _blame(self, message: m.Message, error: FerryError) -> None:
+        """A handler failed over this message: end the transfer that it is about, if any."""
+        raise NotImplementedError
+
+    # ---- the I/O thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        busy = live = False
+        next_tick = 0.0
+        deadline: float | None = None
+        try:
+            while True:
+                if self._commands:
+                    timeout = 0.0
+                elif busy and not self.transport.capabilities.wakes:
+                    timeout = BUSY_POLL
+                else:
+                    timeout = TICK if live or deadline is not None else IDLE_TICK
+                received = self._control.receive(timeout)
+                now = time.monotonic()
+                for route, message in received:
+                    self._guard(lambda r=route, x=message, t=now: self._on_message(r, x, t), message)  # type: ignore[misc]
+                while self._commands:
+                    command, future = self._commands.popleft()
+                    self._answer(command, future)
+                busy = bool(self._guard(self._progress))
+                if now >= next_tick:
+                    live = bool(self._guard(lambda t=now: self._tick(t)))  # type: ignore[misc]
+                    next_tick = now + TICK
+                if self._closing:
+                    deadline = deadline or now + CLOSE_SECONDS
+                    if self._guard(self._wind_down) or now >= deadline:
+                        return
+        finally:
+            self._stopped.set()
+            self._guard(self._release)
+            self._guard(self._control.close)
+            while self._commands:
+                self._commands.popleft()[1].set_exception(BadCall("the endpoint is closed"))
+
+    def _guard(self, work: Callable[[], Any], message: m.Message | None = None) -> Any:
+        """Run `work`; whatever it raises ends a transfer at most, never the thread."""
+        try:
+            return work()
+        except Exception as problem:
+            log.exception("an internal error; the endpoint goes on")
+            error = (
+                problem if isinstance(problem, FerryError) else InternalError(f"{type(problem).__name__}: {problem}")
+            )
+            if message is not None:
+                try:
+                    self._blame(message, error)
+                except Exception:
+                    log.exception("ending the transfer failed too")
+            return None
+
+    def _answer(self, command: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(command())
+        except Exception as problem:
+            future.set_exception(problem)
+
+    def _do(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._control.send(effect.route, effect.message)
+            else:
+                self._carry_out(effect)
+
+    def _connect(self, hello: m.Hello, who: str) -> Any:
+        """The transport's peer for a Hello. Raises TransportMismatch, VersionMismatch, or what `connect` raises."""
+        offer = next((o for o in hello.offers if o.name == self.transport.name), None)
+        if offer is None:
+            offered = ", ".join(o.name for o in hello.offers) or "none"
+            raise TransportMismatch(f"this side has {self.transport.name}, the peer offers {offered}", peer=who)
+        if offer.contract != CONTRACT_VERSION:
+            raise VersionMismatch(f"transport contract {offer.contract} at the peer, {CONTRACT_VERSION} here", peer=who)
+        return self.transport.connect(offer.descriptor)
+
+    def _offers(self) -> tuple[m.Offer, ...]:
+        return (m.Offer(self.transport.name, CONTRACT_VERSION, self.transport.describe()),)
+
+    # ---- callers -----------------------------------------------------------------------------------------------
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in the I/O thread and return or raise what it does."""
+        if os.getpid() != self._pid:
+            raise BadCall("an endpoint does not survive fork", hint="Make one in the child, or start it with spawn")
+        if self._stopped.is_set() or self._closing:
+            raise BadCall("the endpoint is closed")
+        future: Future[Any] = Future()
+        self._commands.append((work, future))
+        self._control.wake()
+        if self._stopped.is_set():  # it ended between the two lines above: nobody will answer
+            future.cancel()
+            raise BadCall("the endpoint is closed")
+        return future.result(CALL_SECONDS)
+
+    def poll(self) -> list[Any]:
+        """The transfers that have changed since the last call. Never blocks and has no effect on the protocol."""
+        time.sleep(0)  # let the I/O thread have the interpreter lock: a tight loop of polls would keep it for 5 ms
+        changed = []
+        while self._changed:
+            try:
+                changed.append(self._changed.popitem()[0])
+            except KeyError:
+                break
+        return changed
+
+    def close(self) -> None:
+        """End what is live (as Cancelled), tell the peers, free everything. Idempotent; takes a second or two at most."""
+        with self._close_lock:
+            if os.getpid() != self._pid:
+                return
+            if not self._closing:
+                self._closing = True
+                self._control.wake()
+            if self._thread.is_alive() and threading.current_thread() is not self._thread:
+                self._thread.join(CLOSE_SECONDS + 30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def closed_error(room: int) -> FerryError:
+    return Cancelled("the endpoint was closed", room=room, hint="Wait for the transfer before closing the endpoint")

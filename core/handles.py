@@ -1,0 +1,185 @@
+"""Transfers as callers hold them: blocking, polled or awaited, all three over the same published state.
+
+The I/O thread publishes; callers read. Nothing here decides anything, and no call has an effect on the protocol but
+`cancel`, `put`, `resolve` and asking for rows early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tensorferry.core.errors import BadCall, Cancelled, DeadlineExceeded, FerryError
+from tensorferry.core.rounds import Round
+from tensorferry.core.transfer import Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from tensorferry.core.buffers import Result
+    from tensorferry.core.receiving import Receiver
+    from tensorferry.core.sending import Sender
+
+
+class Transfer:
+    """What both sides' transfers have in common."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.status: Status = Status.BOOTSTRAPPING
+        """BOOTSTRAPPING, WAITING_FOR_INPUT, TRANSFERRING, SUCCESS or FAILED. The last two are final."""
+        self.error: FerryError | None = None
+        """Why it failed; None otherwise."""
+        self._changed = threading.Condition()
+        self._waiters: list[Callable[[], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """SUCCESS or FAILED."""
+        return self.status in (Status.SUCCESS, Status.FAILED)
+
+    def _published(self) -> None:
+        """By the I/O thread, after it has changed something."""
+        with self._changed:
+            self._changed.notify_all()
+            waiters = self._waiters if self.done else []
+            if self.done:
+                self._waiters = []
+        for waiter in waiters:
+            waiter()
+
+    def _wait_until(self, what: Callable[[], bool], timeout: float | None) -> None:
+        with self._changed:
+            if not self._changed.wait_for(what, timeout):
+                raise DeadlineExceeded(
+                    f"not finished within {timeout:g} s ({self.status}); the transfer goes on",
+                    room=self.room,
+                    hint="Wait again, or cancel it",
+                )
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until the end. Raises the transfer's error if it failed; DeadlineExceeded after `timeout` seconds
+        (the transfer goes on)."""
+        self._wait_until(lambda: self.done, timeout)
+        if self.error is not None:
+            raise self.error
+
+    def _outcome(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """`await transfer`: as `wait`, for an event loop; a receiver's gives the result."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def from_thread() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(wake)
+
+        with self._changed:
+            done = self.done
+            if not done:
+                self._waiters.append(from_thread)
+        if not done:
+            yield from future
+        return self._outcome()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} room {self.room} {self.status}>"
+
+
+class SendTransfer(Transfer):
+    """A room on the embedding side. The rows given to it are read in place: they must not change before the end."""
+
+    def __init__(self, sender: Sender, room: int, total_tokens: int) -> None:
+        super().__init__(room)
+        self.total_tokens = total_tokens
+        self._sender = sender
+        self._serial = 0
+
+    def put(self, start: int, **components: torch.Tensor | None) -> None:
+        """Hand over the rows from token `start` on, which must be the next ones: `[n, *shape]` of every announced
+        component. Raises BadTensor or BadCall, changing nothing, or the transfer's error if it has ended."""
+        if self.done:
+            raise self.error or BadCall("the transfer has ended", room=self.room)
+        self._sender._put(self, start, components)
+
+    def cancel(self) -> None:
+        """End the room on both sides. Nothing happens if it has ended already."""
+        self._sender._cancel(self, Cancelled("the sender cancelled", room=self.room))
+
+
+class ReceiveTransfer(Transfer):
+    """A room on the language side."""
+
+    def __init__(self, receiver: Receiver, room: int, sender: str) -> None:
+        super().__init__(room)
+        self.sender = sender
+        self.total_tokens: int | None = None
+        """Length in tokens, once announced."""
+        self.sent_tokens = 0
+        """Tokens that have arrived without a gap from the first."""
+        self.rows_complete = False
+        """Every row of this rank is here; with several ranks the group's decision may still be out."""
+        self.rounds: tuple[Round, ...] = ()
+        """Grants that have wholly arrived: (round, start, tokens, blocks) each."""
+        self.history: tuple[int, ...] = ()
+        """sent_tokens after each of `rounds`."""
+        self._receiver = receiver
+        self._xfer = 0
+        self._result: Result | None = None
+
+    @property
+    def ready_tokens(self) -> int:
+        """Rows [0, ready_tokens) can be consumed through `rows` now."""
+        return self.sent_tokens
+
+    def result(self, timeout: float | None = 0) -> Result:
+        """The tensors: one `[total_tokens, *shape]` per component, None for an absent one, and `aux`. They are the
+        caller's alone. Raises the transfer's error, or DeadlineExceeded if it is not done within `timeout` seconds
+        (None: wait)."""
+        self.wait(timeout)
+        assert self._result is not None
+        return self._result
+
+    def _outcome(self) -> Any:
+        super()._outcome()
+        return self._result
+
+    def rows(self, timeout: float | None = None) -> Iterator[tuple[int, int, Mapping[str, torch.Tensor]]]:
+        """(start, stop, views of the rows [start, stop) by component) as they arrive, in order, each row once.
+
+        Views of the result to come; blocks between them. Raises the transfer's error where it fails, DeadlineExceeded
+        if nothing new arrives within `timeout` seconds. From the first call on, a sender that restarts with other
+        content makes the transfer fail (ContentChanged) instead of starting over.
+        """
+        self._receiver._expose(self)
+        seen = 0
+        while True:
+            self._wait_until(lambda: self.done or self.sent_tokens > seen, timeout)
+            stop = self.sent_tokens
+            if stop > seen:
+                yield seen, stop, self._receiver._rows(self, seen, stop)
+                seen = stop
+            elif self.done:
+                self._outcome()
+                return
+
+    def cancel(self) -> None:
+        """End the room on both sides (and for all ranks). Final here at once; nothing happens if it has ended."""
+        self._receiver._cancel(self, Cancelled("the receiver cancelled", room=self.room))
+
+    def resolve(self, verdict: str) -> None:
+        """The framework's own broadcast of the leader's outcome: "run" or "drop" (for a follower without a leader's
+        address). Raises BadCall for "run" before this rank has all its rows."""
+        if verdict not in ("run", "drop"):
+            raise BadCall(f"resolve({verdict!r}): say 'run' or 'drop'", room=self.room)
+        self._receiver._resolve(self, verdict == "run")

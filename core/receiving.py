@@ -1,0 +1,433 @@
+"""The language side: carries out what the receiver machine decides.
+
+Pool memory, digests, gathers into the destination, and the proofs that quarantined blocks wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tensorferry.core import effects as fx
+from tensorferry.core import messages as m
+from tensorferry.core.allocator import BlockPool, Choose, lowest_runs
+from tensorferry.core.buffers import Destination, Gathered, PoolBuffers
+from tensorferry.core.digest import MODES, block_seed
+from tensorferry.core.endpoint import Endpoint, closed_error
+from tensorferry.core.errors import (
+    BadCall,
+    DeadlineExceeded,
+    FerryError,
+    PeerLost,
+    PeerUnreachable,
+    PoolTimeout,
+    ProtocolViolation,
+)
+from tensorferry.core.group import SOLO, Group
+from tensorferry.core.handles import ReceiveTransfer
+from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, destination_bytes
+from tensorferry.core.policy import ReceiverPolicy
+from tensorferry.core.receiver import ReceiverMachine
+from tensorferry.core.settings import Settings
+from tensorferry.core.timing import bump_pause
+from tensorferry.core.transfer import Phase, Transfer
+from tensorferry.core.transport import PeerState, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("tensorferry.receiver")
+
+_AUX = struct.Struct(f"<{AUX_WORDS}q")
+
+
+@dataclass(slots=True)
+class Known:
+    """A sender's incarnation as the transport knows it, watched until it is gone or nothing of it is left."""
+
+    route: str
+    peer: Any
+
+
+@dataclass(slots=True)
+class Copying:
+    """A gather that the device has not finished yet."""
+
+    xfer: int
+    indices: list[int]
+    gathered: list[Gathered]
+    destination: Destination
+
+
+class Receiver(Endpoint):
+    """Receives rooms into a pool of its own. `group`: this rank's place, if there are several.
+
+    `transport` is used by this endpoint alone and closed with it. `choose` picks blocks (for tests of the protocol).
+    Raises ConfigError for a bad leader's address, TransportError or OSError where the pool's memory cannot be had.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        transport: Transport,
+        settings: Settings,
+        *,
+        group: Group | None = None,
+        name: str = "",
+        choose: Choose = lowest_runs,
+        poison: bool = False,
+    ) -> None:
+        group = group or SOLO
+        leads = group.ranks > 1 and group.leads
+        super().__init__(layout, transport, settings, bind=group.leader if leads else "", name=name)
+        self.leader_address = self._control.address if leads else group.leader
+        if group.ranks > 1 and not group.leads and group.leader:
+            self._control.connect(group.leader)
+        self.group = group
+        self.geometry = Geometry(settings.block_size, settings.pool_blocks, settings.slabs)
+        self._buffers = PoolBuffers(transport, layout, self.geometry, poison=poison)
+        regions = self._buffers.regions()
+        hello = m.Hello(
+            src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
+            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=settings.pool_blocks,
+            slabs=self.geometry.slab_count, regions=m.pack_regions(regions), offers=self._offers(), revision=1, ack=0,
+        )  # fmt: skip
+        self.machine = ReceiverMachine(
+            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, choose), self._policy(), group
+        )
+        self.machine.generations = [generation for _, generation in regions]
+        self._transfers: dict[int, ReceiveTransfer] = {}  # by xfer, until the end
+        self._destinations: dict[int, Destination] = {}
+        self._known: dict[int, Known] = {}  # by sender incarnation
+        self._heard: dict[str, float] = {}
+        self._copying: deque[Copying] = deque()
+        self._stuck_slabs: dict[int, float] = {}
+        self._thread.start()
+
+    def _policy(self) -> ReceiverPolicy:
+        s = self.settings
+        return ReceiverPolicy(
+            block_size=s.block_size,
+            first_grant=min(self.geometry.blocks_for(s.first_grant), s.pool_blocks),
+            optimistic=s.first_grant_mode == "optimistic",
+            window=s.window,  # type: ignore[arg-type]  # read and checked by Settings
+            budget=s.destination_budget,
+            cost=self._cost,
+            max_bumps=s.max_bumps,
+            max_rooms=s.max_rooms,
+            fail_when_exhausted=s.on_exhausted == "fail",
+            quarantine_quota=int(s.quarantine_quota * s.pool_blocks),
+            pause_after_bump=True,
+        )
+
+    def _cost(self, total: int, present: int) -> int:
+        try:
+            return destination_bytes(self.layout, total, self.layout.present(present))
+        except ValueError:
+            return 0  # a bitmap of no sense: Reserve, which comes next, refuses it
+
+    # ---- what callers do ---------------------------------------------------------------------------------------
+
+    def receive(self, room: int, sender: str, *, dummy: bool = False) -> ReceiveTransfer:
+        """Want `room` from the sender at control address `sender`. Returns at once.
+
+        `dummy`: this rank takes part in the group's decision and receives no data. Raises RoomInUse, Overloaded, or
+        ConfigError for what is no address.
+        """
+        if not 0 <= room < 1 << 63:
+            raise BadCall(f"room {room} is not in [0, 2**63)")
+        transfer = ReceiveTransfer(self, room, sender)
+
+        def start() -> None:
+            self._control.connect(sender)
+            xfer, effects = self.machine.receive(room, sender, dummy=dummy)
+            transfer._xfer = xfer
+            self._transfers[xfer] = transfer
+            self._do(effects)
+
+        self._call(start)
+        return transfer
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of the pool that nobody can write to."""
+        return int(self._call(lambda: self.machine.pool.free_count))
+
+    @property
+    def pool_blocks(self) -> int:
+        return self.settings.pool_blocks
+
+    def _cancel(self, transfer: ReceiveTransfer, error: FerryError) -> None:
+        if not transfer.done:
+            self._call(lambda: self._do(self.machine.cancel(transfer._xfer, error)))
+
+    def _resolve(self, transfer: ReceiveTransfer, run: bool) -> None:
+        if not transfer.done:
+            self._call(lambda: self._do(self.machine.resolve(transfer._xfer, run)))
+
+    def _expose(self, transfer: ReceiveTransfer) -> None:
+        def expose() -> None:
+            if transfer._xfer in self.machine.transfers:
+                self.machine.expose(transfer._xfer)
+
+        if not transfer.done:
+            self._call(expose)
+
+    def _rows(self, transfer: ReceiveTransfer, start: int, stop: int) -> Mapping[str, torch.Tensor]:
+        """Views of rows that have arrived, in the destination or in the result that it became."""
+        destination = self._destinations.get(transfer._xfer)
+        if destination is not None:
+            try:
+                return destination.rows(start, stop)
+            except BadCall:
+                log.debug("room %d ended while its rows were read", transfer.room)  # the result has them
+        result = transfer.result()
+        return {name: tensor[start:stop] for name in result if (tensor := result[name]) is not None}
+
+    # ---- effects -----------------------------------------------------------------------------------------------
+
+    def _on_message(self, route: str, message: m.Message, now: float) -> None:
+        self._heard[route] = now
+        self._do(self.machine.on_message(route, message))
+
+    def _carry_out(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.Gather():
+                self._gather(effect)
+            case fx.Connect(route, hello):
+                self._meet(route, hello)
+            case fx.Reserve(xfer):
+                self._reserve(xfer)
+            case fx.Drop(xfer):
+                self._destinations.pop(xfer, None)
+            case fx.ReplaceSlab(slab):
+                self._replace(slab)
+            case fx.Ended(xfer, error):
+                self._end(self._transfers.pop(xfer), error)
+            case fx.Progressed(xfer):
+                self._show(xfer)
+
+    def _meet(self, route: str, hello: m.Hello) -> None:
+        error: FerryError | None = None
+        try:
+            self._known[hello.src] = Known(route, self._connect(hello, route))
+        except FerryError as problem:
+            log.warning("sender %s cannot be used: %s", route, problem)
+            error = problem
+        self._do(self.machine.connected(route, error))
+
+    def _reserve(self, xfer: int) -> None:
+        t = self.machine.transfers[xfer]
+        assert t.facts is not None
+        try:
+            if t.facts.integrity not in MODES:
+                raise ProtocolViolation(f"unknown integrity {t.facts.integrity!r}", room=t.room, peer=t.route)
+            names = self.layout.present(t.facts.present)
+            self._destinations[xfer] = Destination(self.layout, 0 if t.dummy else t.facts.total, names)
+        except ValueError as problem:
+            self._do(self.machine.fail(xfer, ProtocolViolation(str(problem), room=t.room, peer=t.route)))
+        except FerryError as problem:
+            self._do(self.machine.fail(xfer, problem))
+
+    def _gather(self, g: fx.Gather) -> None:
+        """Flush, verify, copy (INT-3). Blocks whose digest is right are gathered together where they lie together."""
+        t = self.machine.transfers[g.xfer]
+        facts, destination = t.facts, self._destinations[g.xfer]
+        assert facts is not None
+        if self.transport.capabilities.needs_flush:
+            for slab in {self.geometry.slab_of(block) for _, block, _ in g.items}:
+                self.transport.flush(self._buffers.region(slab))
+        names = destination.names
+        good: list[tuple[int, int]] = []
+        bad: list[int] = []
+        for index, block, digest in sorted(g.items):
+            seed = block_seed(self.incarnation, g.xfer, facts.content_id, index)
+            if self._buffers.digest(block, index, facts.total, names, seed, facts.integrity) == digest:
+                good.append((index, block))
+            else:
+                bad.append(index)
+        copying = Copying(g.xfer, [index for index, _ in good], [], destination)
+        for first_index, first_block, count in self._together(good):
+            copying.gathered.append(
+                self._buffers.gather_run(first_block, first_index, count, facts.total, names, destination)
+            )
+        if bad:
+            log.warning("room %d: blocks %s arrived with a wrong digest; they are sent again", t.room, bad)
+            self._do(self.machine.corrupt(g.xfer, bad))
+        if good:
+            self._copying.append(copying)
+            self._finish_copies()
+
+    def _together(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """(first index, first block, count) of runs that are adjacent on both sides and lie in one slab."""
+        runs: list[tuple[int, int, int]] = []
+        for index, block in pairs:
+            if runs:
+                first_index, first_block, count = runs[-1]
+                same_slab = self.geometry.slab_of(first_block) == self.geometry.slab_of(block)
+                if same_slab and (index, block) == (first_index + count, first_block + count):
+                    runs[-1] = (first_index, first_block, count + 1)
+                    continue
+            runs.append((index, block, 1))
+        return runs
+
+    def _finish_copies(self) -> None:
+        """Blocks are free when the copy is over, not when it was started (GR-7)."""
+        while self._copying and all(g.finished() for g in self._copying[0].gathered):
+            done = self._copying.popleft()
+            self._do(self.machine.gathered(done.xfer, done.indices))
+
+    def _replace(self, slab: int) -> None:
+        """F3: late writes land in the old memory, which stays mapped in the graveyard until they cannot come."""
+        blocks = set(self.geometry.slab_blocks(slab))
+        keys = {tenant.sender for block, tenant in self.machine.pool.quarantined.items() if block in blocks}
+        try:
+            region = self._buffers.replace(slab, keys)
+        except (FerryError, OSError) as problem:
+            log.error("no fresh memory for slab %d yet: %s", slab, problem)
+            self._stuck_slabs[slab] = 0.0
+            return
+        self._stuck_slabs.pop(slab, None)
+        log.warning("slab %d was replaced: a lost peer may still write to its old memory", slab)
+        self.machine.hello = self.machine.hello_with(self._offers())
+        regions = m.pack_regions(self._buffers.regions())
+        self._do(self.machine.slab_replaced(slab, region.generation, regions))
+
+    # ---- what callers see --------------------------------------------------------------------------------------
+
+    def _show(self, xfer: int) -> None:
+        transfer, t = self._transfers.get(xfer), self.machine.transfers.get(xfer)
+        if transfer is not None and t is not None:
+            self._copy_view(transfer, t)
+            self._changed[transfer] = None
+            transfer._published()
+
+    def _copy_view(self, transfer: ReceiveTransfer, t: Transfer) -> None:
+        order = list(type(transfer.status))
+        if t.facts is not None:
+            transfer.total_tokens = t.facts.total
+            transfer.sent_tokens = max(transfer.sent_tokens, self.machine.sent_tokens(t))
+            if len(t.log.watermarks) != len(transfer.history):
+                transfer.rounds = t.log.finished(self.settings.block_size, t.facts.total)
+                transfer.history = tuple(t.log.watermarks)
+        transfer.rows_complete = transfer.rows_complete or (t.phase is Phase.VOTED and t.error is None)
+        if not t.told and order.index(t.status) > order.index(transfer.status):
+            transfer.status = t.status
+
+    def _end(self, transfer: ReceiveTransfer, error: FerryError | None) -> None:
+        t = self.machine.transfers.get(transfer._xfer)
+        if t is not None:
+            self._copy_view(transfer, t)
+        if error is None and t is not None and t.facts is not None:
+            destination = self._destinations.pop(transfer._xfer)
+            transfer._result = destination.result(_AUX.unpack(t.facts.aux))
+            transfer.rows_complete = True
+            transfer.status = type(transfer.status)("SUCCESS")
+        else:
+            transfer.error = error
+            transfer.status = type(transfer.status)("FAILED")
+        self._changed[transfer] = None
+        transfer._published()
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> bool:
+        self._finish_copies()
+        return bool(self._copying)
+
+    def _tick(self, now: float) -> bool:
+        machine = self.machine
+        keys: set[Any] = set()
+        for t in list(machine.transfers.values()):
+            self._watch_transfer(t, now, keys)
+        for route in {t.route for t in machine.transfers.values()}:
+            self._watch_route(route, now, keys)
+        self._watch_quarantine(now, keys)
+        for slab in [s for s, since in self._stuck_slabs.items() if now - since > 1.0]:
+            self._stuck_slabs[slab] = now
+            self._replace(slab)
+        self._watches.keep_only(keys)
+        return bool(machine.transfers or self._copying)
+
+    def _watch_transfer(self, t: Transfer, now: float, keys: set[Any]) -> None:
+        watches, s, xfer = self._watches, self.settings, t.xfer
+        keys |= {("xfer", xfer), ("deadline", xfer)}
+        age = watches.age(("deadline", xfer), now)
+        if watches.repeat(("xfer", xfer), t.touched, now):
+            self._do(self.machine.resend(xfer))
+        if t.paused:
+            keys.add(("paused", xfer, t.bumps))
+            if watches.age(("paused", xfer, t.bumps), now) >= bump_pause(t.bumps):
+                self._do(self.machine.resume_grants(xfer))
+        if not t.live or t.error is not None:
+            return
+        if age > s.transfer_deadline:
+            waits = t.phase is Phase.QUEUED or (xfer in self.machine.line and not t.holds)
+            kind = PoolTimeout if waits else DeadlineExceeded
+            what = "no room came free" if waits else "not finished"
+            self._do(self.machine.fail(xfer, kind(f"{what} within transfer_deadline ({s.transfer_deadline:g} s)")))
+        elif t.facts is None and age > s.announce_deadline:
+            error = DeadlineExceeded(
+                f"the sender did not announce the room within announce_deadline ({s.announce_deadline:g} s)",
+                hint="Is the room number right, and did the embedding side send it?",
+            )
+            self._do(self.machine.fail(xfer, error))
+
+    def _watch_route(self, route: str, now: float, keys: set[Any]) -> None:
+        """Is the sender there? Met: heartbeats, and silence is noticed. Not met yet: it has peer_timeout to answer."""
+        peer, s = self.machine.peers[route], self.settings
+        if peer.inc:
+            keys.add(("met", route))
+            silent = now - max(self._heard.get(route, now), now - self._watches.age(("silence", route), now))
+            keys.add(("silence", route))
+            if silent > s.peer_timeout:
+                error = PeerLost(f"the sender has been silent for {silent:.1f} s", peer=route)
+                self._do(self.machine.peer_silent(route, error))
+            elif self._watches.every(("met", route), s.heartbeat, now):
+                self._do(self.machine.heartbeat(route))
+        else:
+            keys.add(("meeting", route))
+            if self._watches.age(("meeting", route), now) > s.peer_timeout:
+                nobody = PeerUnreachable(f"nobody answered within peer_timeout ({s.peer_timeout:g} s)", peer=route)
+                self._do(self.machine.peer_silent(route, nobody))
+
+    def _watch_quarantine(self, now: float, keys: set[Any]) -> None:
+        """Proofs for blocks in quarantine: is their sender gone (F4)? Is its fence (F2) overdue, so that F3 is due?"""
+        waiting = {tenant.sender for tenant in self.machine.pool.quarantined.values()}
+        current = {peer.inc for peer in self.machine.peers.values()}
+        bound = {t.sender for t in self.machine.transfers.values()}
+        for inc, known in list(self._known.items()):
+            if self.transport.peer_state(known.peer) is PeerState.GONE:
+                del self._known[inc]
+                self.transport.disconnect(known.peer)
+                self._buffers.graveyard.exhume(inc)
+                self._do(self.machine.peer_gone(inc))
+            elif inc not in current | waiting | bound and not self._buffers.graveyard.nbytes_of(inc):
+                del self._known[inc]
+                self.transport.disconnect(known.peer)
+        for inc in waiting:
+            keys.add(("quarantine", inc))
+            if self._watches.age(("quarantine", inc), now) > self.settings.peer_timeout:
+                self._do(self.machine.fence_overdue(inc))
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def _blame(self, message: m.Message, error: FerryError) -> None:
+        if isinstance(message, m.OfTransfer) and message.dst == self.incarnation:
+            self._do(self.machine.fail(message.xfer, error))
+
+    def _wind_down(self) -> bool:
+        for xfer, transfer in list(self._transfers.items()):
+            self._do(self.machine.cancel(xfer, closed_error(transfer.room)))
+        return not self.machine.transfers and not self.machine.decisions.uses
+
+    def _release(self) -> None:
+        for transfer in list(self._transfers.values()):
+            self._end(transfer, closed_error(transfer.room))
+        self._destinations.clear()
+        self._buffers.close()
+        self.transport.close()

@@ -1,0 +1,438 @@
+"""The embedding side: carries out what the sender machine decides.
+
+The caller's rows are read where they lie if the transport can; a grant becomes posts of the transport's preferred
+size, packed components go through staging, and each finished post is one Done with its digests.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import struct
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tensorferry.core import effects as fx
+from tensorferry.core import messages as m
+from tensorferry.core.digest import block_seed, digest
+from tensorferry.core.endpoint import Endpoint, closed_error
+from tensorferry.core.errors import (
+    BadCall,
+    BadTensor,
+    DeadlineExceeded,
+    FerryError,
+    PeerLost,
+    TransportError,
+    UnknownInFlight,
+)
+from tensorferry.core.handles import SendTransfer
+from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, slab_plan
+from tensorferry.core.policy import SenderPolicy
+from tensorferry.core.sender import SenderMachine, WriteId
+from tensorferry.core.settings import Settings
+from tensorferry.core.source import Source, write_plan
+from tensorferry.core.staging import Stage, Staging
+from tensorferry.core.transfer import Facts
+from tensorferry.core.transport import Copy, PeerState, RemoteRegion, Status, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("tensorferry.sender")
+
+MOST_POSTS = 8
+"""Posts under way at once. More keep no transport busier, and a revoked grant's unposted rest costs nothing."""
+
+_AUX = struct.Struct(f"<{AUX_WORDS}q")
+
+
+@dataclass(slots=True)
+class Part:
+    """A piece of a grant that fits one post: `count` blocks from `index`, into adjacent blocks of one slab."""
+
+    write: fx.PostWrite
+    index: int
+    block: int
+    count: int
+    generation: int
+
+    @property
+    def indices(self) -> range:
+        return range(self.index, self.index + self.count)
+
+
+@dataclass(slots=True)
+class Posted:
+    part: Part
+    stage: Stage | None
+    digests: dict[int, int]
+    unknown: bool = False
+
+
+@dataclass(slots=True)
+class Target:
+    """A receiver as the transport knows it."""
+
+    peer: Any
+    geometry: Geometry
+    regions: list[tuple[int, int]]
+
+
+class Sender(Endpoint):
+    """Sends rooms from `bind` (a control address; port 0 for any free one, see `address`).
+
+    `transport` is used by this endpoint alone and closed with it. Raises ConfigError for a bad address.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        transport: Transport,
+        settings: Settings,
+        *,
+        bind: str = "tcp://127.0.0.1:0",
+        name: str = "",
+    ) -> None:
+        super().__init__(layout, transport, settings, bind=bind, name=name)
+        self.address = self._control.address
+        self.integrity = "full" if settings.integrity == "auto" else settings.integrity
+        self._staging = Staging(transport, settings.staging_bytes)
+        hello = m.Hello(
+            src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
+            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, regions=b"",
+            offers=self._offers(), revision=1, ack=0,
+        )  # fmt: skip
+        self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
+        self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
+        self._sources: dict[int, Source] = {}  # by serial, until nothing reads them
+        self._targets: dict[int, Target] = {}  # by receiver incarnation
+        self._parts: deque[Part] = deque()
+        self._posted: dict[int, Posted] = {}  # by the transport's handle
+        self._heard: dict[int, float] = {}
+        self._thread.start()
+
+    # ---- what callers do ---------------------------------------------------------------------------------------
+
+    def announce(
+        self,
+        room: int,
+        total_tokens: int,
+        *,
+        content_id: bytes | None = None,
+        aux: Sequence[int] = (),
+        mrope_delta: int = 0,
+        components: Iterable[str] | None = None,
+    ) -> SendTransfer:
+        """Say that `room` will have `total_tokens` tokens of `components` (default: all of the layout); `put` the rows.
+
+        `content_id`: 16 bytes that whoever restarts this sender can reproduce (a hash of input and model revision,
+        say): equal ids promise equal bytes, and a restarted sender resumes where it stopped. Default: random.
+        `aux`: up to 14 int64 words of the caller's own, aux[2:] in the result; aux[0] is the length, aux[1]
+        `mrope_delta`. Raises RoomInUse, BadCall, BadTensor (for components) or Overloaded.
+        """
+        names = tuple(self.layout.names) if components is None else tuple(components)
+        source = Source(self.layout, total_tokens, names)
+        return self._offer(room, source, content_id, aux, mrope_delta)
+
+    def send(
+        self,
+        room: int,
+        *,
+        mrope_delta: int = 0,
+        content_id: bytes | None = None,
+        aux: Sequence[int] = (),
+        **components: torch.Tensor | None,
+    ) -> SendTransfer:
+        """Announce and put in one: the rows of every component, `[n, *shape]`; None or left out means absent.
+
+        Rows are read in place and must not change before the transfer's end. See `announce` for the rest.
+        """
+        given = {name: tensor for name, tensor in components.items() if tensor is not None}
+        lengths = {name: int(tensor.shape[0]) if getattr(tensor, "ndim", 0) else 0 for name, tensor in given.items()}
+        if not given:
+            raise BadTensor("nothing to send: give the layout's components as keyword arguments", room=room)
+        source = Source(self.layout, max(lengths.values()), given)
+        source.put(0, **given)
+        return self._offer(room, source, content_id, aux, mrope_delta)
+
+    @property
+    def free_blocks(self) -> int:
+        """The configured pool, less the blocks that are being written at this moment."""
+        busy = self._call(lambda: sum(len(w.outstanding) for w in self.machine.writes.values()))
+        return max(0, self.settings.pool_blocks - int(busy))
+
+    @property
+    def pool_blocks(self) -> int:
+        return self.settings.pool_blocks
+
+    def _offer(
+        self, room: int, source: Source, content_id: bytes | None, aux: Sequence[int], mrope_delta: int
+    ) -> SendTransfer:
+        if not 0 <= room < 1 << 63:
+            raise BadCall(f"room {room} is not in [0, 2**63)")
+        content_id = secrets.token_bytes(16) if content_id is None else bytes(content_id)
+        if len(content_id) != 16:
+            raise BadCall(f"content_id has {len(content_id)} bytes, not 16", room=room, hint="Hash it to 128 bits")
+        if len(aux) > AUX_WORDS - 2:
+            raise BadCall(f"aux has {len(aux)} words, there is room for {AUX_WORDS - 2}", room=room)
+        words = [source.total_tokens, mrope_delta, *aux]
+        try:
+            packed = _AUX.pack(*words, *[0] * (AUX_WORDS - len(words)))
+        except struct.error as problem:
+            raise BadCall(f"aux and mrope_delta are int64: {problem}", room=room) from None
+        facts = Facts(source.total_tokens, content_id, self.layout.presence(source.names), packed, self.integrity)
+        self._staging.max_blocks(slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0), source.names)
+        transfer = SendTransfer(self, room, source.total_tokens)
+
+        def start() -> None:
+            serial, effects = self.machine.offer(room, facts, source.ready)
+            transfer._serial = serial
+            self._transfers[serial], self._sources[serial] = transfer, source
+            self._do(effects)
+
+        self._call(start)
+        return transfer
+
+    def _put(self, transfer: SendTransfer, start: int, components: Mapping[str, torch.Tensor | None]) -> None:
+        source = self._sources.get(transfer._serial)
+        if source is None:
+            raise transfer.error or BadCall("the transfer has ended", room=transfer.room)
+        source.put(start, **components)
+        self._call(lambda: self._do(self.machine.extend(transfer._serial, source.ready)))
+
+    def _cancel(self, transfer: SendTransfer, error: FerryError) -> None:
+        if not transfer.done:
+            self._call(lambda: self._do(self.machine.cancel(transfer._serial, error)))
+
+    # ---- effects -----------------------------------------------------------------------------------------------
+
+    def _on_message(self, route: str, message: m.Message, now: float) -> None:
+        self._do(self.machine.on_message(route, message))
+        if message.src in self.machine.receivers:
+            self._heard[message.src] = now
+
+    def _carry_out(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.Connect(_, hello):
+                self._meet(hello)
+            case fx.PostWrite():
+                self._split(effect)
+            case fx.ReleaseSource(serial):
+                self._sources.pop(serial).release()
+            case fx.Ended(serial, error):
+                transfer = self._transfers.pop(serial)
+                offer_status = "SUCCESS" if error is None else "FAILED"
+                transfer.error = error
+                transfer.status = type(transfer.status)(offer_status)
+                self._publish(transfer)
+            case fx.Progressed(serial):
+                slot = self.machine._slot_of(serial)
+                live = self._transfers.get(serial)
+                if slot is not None and slot.offer is not None and live is not None:
+                    live.status = slot.offer.status
+                    self._publish(live)
+
+    def _publish(self, transfer: SendTransfer) -> None:
+        self._changed[transfer] = None
+        transfer._published()
+
+    def _meet(self, hello: m.Hello) -> None:
+        """A receiver's incarnation, or its regions, are new."""
+        error: FerryError | None = None
+        try:
+            geometry = Geometry(hello.block_size, hello.pool_blocks, hello.slabs)
+            regions = m.unpack_regions(hello.regions)
+            if len(regions) != geometry.slab_count:
+                raise BadCall(f"{len(regions)} regions for {geometry.slab_count} slabs")
+            self._targets[hello.src] = Target(self._connect(hello, hello.name), geometry, regions)
+        except FerryError as problem:
+            log.warning("receiver %s cannot be used: %s", hello.name, problem)
+            self.machine.refused = str(problem)
+            error = problem
+        self._do(self.machine.connected(hello.src, error))
+
+    def _plan(self, part: Part) -> SlabPlan:
+        geometry = self._targets[part.write.receiver].geometry
+        return slab_plan(self.layout, geometry, geometry.slab_of(part.block))
+
+    def _split(self, write: fx.PostWrite) -> None:
+        """Cut a grant into posts: large enough for the engine's best rate, small enough to overlap with the gather."""
+        source = self._sources[write.serial]
+        block_bytes = self.settings.block_size * sum(self.layout[name].token_bytes for name in source.names)
+        preferred = max(1, self.transport.capabilities.preferred_post_bytes // max(1, block_bytes))
+        for index, block, count, generation in write.runs:
+            probe = Part(write, index, block, count, generation)
+            step = min(preferred, self._staging.max_blocks(self._plan(probe), source.names))
+            for k in range(0, count, step):
+                self._parts.append(Part(write, index + k, block + k, min(step, count - k), generation))
+
+    def _post_next(self) -> bool:
+        """Post the first part in line; False where it has to wait (for staging, or for posts under way)."""
+        if len(self._posted) >= MOST_POSTS:
+            return False
+        part = self._parts[0]
+        write = part.write
+        stage: Stage | None = None
+        try:
+            if not self._wanted(write.write):
+                self._parts.popleft()  # revoked before it was posted: it never will be
+                self._do(self.machine.write_drained(write.write, set(part.indices)))
+                return True
+            source, target = self._sources[write.serial], self._targets[write.receiver]
+            plan = self._plan(part)
+            needed = plan.stage_bytes(source.names, part.count, rows=self._staging.holds_rows)
+            if needed:
+                stage = self._staging.take(needed)
+                if stage is None:
+                    return False
+            self._parts.popleft()
+            slab = target.geometry.slab_of(part.block)
+            inside = part.block - target.geometry.slab_blocks(slab).start
+            remote = RemoteRegion(target.regions[slab][0], part.generation)
+            copies = [
+                Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
+                for c in write_plan(source, plan, part.index, inside, part.count, stage)
+            ]
+            handle = self.transport.post(target.peer, copies)
+        except FerryError as problem:  # refused before any byte moved
+            if stage is not None:
+                self._staging.give(stage)
+            if self._parts and self._parts[0] is part:
+                self._parts.popleft()
+            error = problem if isinstance(problem, TransportError) else TransportError(problem.cause, hint=problem.hint)
+            self._do(self.machine.write_failed(write.write, set(part.indices), error))
+            return True
+        seeds = {i: block_seed(write.receiver, write.xfer, self._content_id(write.serial), i) for i in part.indices}
+        size = self.settings.block_size
+        digests = {i: digest(source.block_views(i, size), seed, self.integrity) for i, seed in seeds.items()}
+        self._posted[handle] = Posted(part, stage, digests)
+        return True
+
+    def _content_id(self, serial: int) -> bytes:
+        slot = self.machine._slot_of(serial)
+        return slot.offer.facts.content_id if slot is not None and slot.offer is not None else bytes(16)
+
+    def _wanted(self, write: WriteId) -> bool:
+        w = self.machine.writes.get(write)
+        binding = self.machine._binding(w) if w is not None else None
+        return (
+            w is not None
+            and binding is not None
+            and binding.closed is None
+            and binding.trouble is None
+            and binding.epoch == w.epoch > binding.revoked
+        )
+
+    def _progress(self) -> bool:
+        for handle, posted in list(self._posted.items()):
+            self._look(handle, posted)
+        while self._parts and self._post_next():
+            continue
+        return bool(self._posted)
+
+    def _look(self, handle: int, posted: Posted) -> None:
+        status = self.transport.poll(handle)
+        write, indices = posted.part.write.write, set(posted.part.indices)
+        if status is Status.PENDING:
+            return
+        if status is Status.UNKNOWN:
+            if not posted.unknown:
+                posted.unknown = True
+                error = UnknownInFlight("a write has an unknown outcome", transport=self.transport.name)
+                self._do(self.machine.write_unknown(write, error))
+            if self.transport.drained(handle):
+                self._settle(handle, posted)
+                self._do(self.machine.write_drained(write, indices))
+            return
+        self._settle(handle, posted)
+        if posted.unknown:
+            self._do(self.machine.write_drained(write, indices))
+        elif status is Status.DONE:
+            self._do(self.machine.write_done(write, posted.digests))
+        else:
+            failed = TransportError("a write failed", transport=self.transport.name)
+            self._do(self.machine.write_failed(write, indices, failed))
+
+    def _settle(self, handle: int, posted: Posted) -> None:
+        del self._posted[handle]
+        self.transport.release(handle)
+        if posted.stage is not None:
+            self._staging.give(posted.stage)
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> bool:
+        machine, watches, s = self.machine, self._watches, self.settings
+        keys: set[Any] = set()
+        bound = {b.receiver for slot in machine.slots.values() for b in slot.bindings.values()}
+        for receiver in bound:
+            self._watch_receiver(receiver, now, keys)
+        for slot in list(machine.slots.values()):
+            keys.add(("slot", slot.id))
+            if watches.repeat(("slot", slot.id), slot.touched, now):
+                self._do(machine.resend(slot.id))
+            if slot.offer is not None and not slot.offer.told:
+                keys |= {("deadline", slot.id), ("unbound", slot.id)} if not slot.bindings else {("deadline", slot.id)}
+                if watches.age(("deadline", slot.id), now) > s.transfer_deadline:
+                    self._expire(slot.offer.serial, bool(slot.bindings))
+                elif not slot.bindings and watches.age(("unbound", slot.id), now) > s.peer_timeout and slot.lost:
+                    self._do(machine.cancel(slot.offer.serial, PeerLost(slot.lost, room=slot.room)))
+            elif slot.decision == "abort":
+                keys.add(("abort", slot.id))
+                if watches.age(("abort", slot.id), now) > s.announce_deadline:
+                    self._do(machine.force_end(slot.id))
+        for room in list(machine.given_up):
+            keys.add(("given up", room))
+            if watches.age(("given up", room), now) > s.announce_deadline:
+                machine.forget_given_up(room)
+        watches.keep_only(keys)
+        return bool(machine.slots or self._posted or self._parts)
+
+    def _expire(self, serial: int, bound: bool) -> None:
+        cause = f"not delivered within transfer_deadline ({self.settings.transfer_deadline:g} s)"
+        hint = "" if bound else f"No receiver opened the room. {self.machine.refused}".strip()
+        self._do(self.machine.cancel(serial, DeadlineExceeded(cause, hint=hint)))
+
+    def _watch_receiver(self, receiver: int, now: float, keys: set[Any]) -> None:
+        key = ("receiver", receiver)
+        keys.add(key)
+        heard = self._heard.setdefault(receiver, now)
+        target = self._targets.get(receiver)
+        if target is not None and self.transport.peer_state(target.peer) is PeerState.GONE:
+            self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
+        elif now - heard > self.settings.peer_timeout:
+            self._lose(receiver, PeerLost(f"the receiver has been silent for {now - heard:.1f} s"), gone=False)
+        elif self._watches.every(key, self.settings.heartbeat, now):
+            self._do(self.machine.heartbeat(receiver))
+
+    def _lose(self, receiver: int, error: FerryError, *, gone: bool) -> None:
+        self._heard.pop(receiver, None)
+        if gone:
+            target = self._targets.pop(receiver, None)
+            if target is not None:
+                self.transport.disconnect(target.peer)
+        self._do(self.machine.receiver_lost(receiver, error, gone=gone))
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def _blame(self, message: m.Message, error: FerryError) -> None:
+        if isinstance(message, m.ToSender):
+            slot_id = self.machine.where.get((message.src, message.xfer))
+            slot = self.machine.slots.get(slot_id) if slot_id is not None else None
+            if slot is not None and slot.offer is not None:
+                self._do(self.machine.cancel(slot.offer.serial, error))
+
+    def _wind_down(self) -> bool:
+        for serial, transfer in list(self._transfers.items()):
+            self._do(self.machine.cancel(serial, closed_error(transfer.room)))
+        return not self.machine.slots and not self._posted
+
+    def _release(self) -> None:
+        for transfer in list(self._transfers.values()):
+            transfer.error, transfer.status = closed_error(transfer.room), type(transfer.status)("FAILED")
+            self._publish(transfer)
+        self._staging.close()
+        self.transport.close()
+        self._sources.clear()  # not before: the transport may have been reading rows

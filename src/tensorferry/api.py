@@ -1,0 +1,87 @@
+"""The two endpoints as applications make them: settings are looked up, the transport is opened by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensorferry.core import receiving, sending
+from tensorferry.core.allocator import Choose, lowest_runs
+from tensorferry.core.group import Group
+from tensorferry.core.layout import Layout
+from tensorferry.core.settings import Settings
+from tensorferry.core.transport import Transport
+from tensorferry.plugins.registry import open_transport
+
+
+def _open(
+    transport: str | Transport | None, options: Mapping[str, object] | None, settings: Mapping[str, object]
+) -> tuple[Transport, Settings]:
+    """A transport by its name (or the setting's), or one that the caller has opened; and the settings.
+
+    Settings come from the arguments, then TENSORFERRY_*, then tensorferry.toml, then the defaults.
+    """
+    named = transport if isinstance(transport, str) else None
+    loaded = Settings.load({**settings, "transport": named}).settings
+    if isinstance(transport, Transport):
+        return transport, loaded
+    return open_transport(loaded.transport, options), loaded
+
+
+class Sender(sending.Sender):
+    """The embedding side.
+
+        with tf.Sender(layout, bind="tcp://127.0.0.1:5555") as sender:
+            sender.send(room=17, input_embeds=x, fill_ids=ids).wait(timeout=30)
+
+    `bind`: the control address; only this host unless told otherwise. `transport`: a name from `tensorferry
+    transports`, or an open Transport, which this endpoint then owns; `options` are the transport's own. `name`: a
+    stable name for this endpoint, by which a restarted process replaces its predecessor at once. `settings`: any
+    setting of docs/settings.md. Raises ConfigError and its kin before anything is opened.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        bind: str = "tcp://127.0.0.1:0",
+        transport: str | Transport | None = None,
+        options: Mapping[str, object] | None = None,
+        name: str = "",
+        **settings: object,
+    ) -> None:
+        opened, loaded = _open(transport, options, settings)
+        try:
+            super().__init__(layout, opened, loaded, bind=bind, name=name)
+        except BaseException:
+            opened.close()
+            raise
+
+
+class Receiver(receiving.Receiver):
+    """The language side.
+
+        with tf.Receiver(layout) as receiver:
+            result = receiver.receive(room=17, sender="tcp://127.0.0.1:5555").result(timeout=30)
+
+    `group`: this rank's place among several (rank 0 binds the leader's address). The other arguments are those of
+    Sender. Raises ConfigError and its kin before anything is opened.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        group: Group | None = None,
+        transport: str | Transport | None = None,
+        options: Mapping[str, object] | None = None,
+        name: str = "",
+        choose: Choose = lowest_runs,
+        poison: bool = False,
+        **settings: object,
+    ) -> None:
+        opened, loaded = _open(transport, options, settings)
+        try:
+            super().__init__(layout, opened, loaded, group=group, name=name, choose=choose, poison=poison)
+        except BaseException:
+            opened.close()
+            raise
