@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensorferry.core.errors import FerryError
-from tensorferry.core.messages import Message, Hello
+from tensorferry.core.messages import Hello, Message
 
 
 @dataclass(frozen=True, slots=True)

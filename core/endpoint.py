@@ -101,7 +101,7 @@ class Endpoint:
                     timeout = BUSY_POLL
                 else:
                     timeout = TICK if live or deadline is not None else IDLE_TICK
-                received = self._control.receive(timeout)
+                received = self._guard(lambda t=timeout: self._control.receive(t)) or []  # type: ignore[misc]
                 now = time.monotonic()
                 for route, message in received:
                     self._guard(lambda r=route, x=message, t=now: self._on_message(r, x, t), message)  # type: ignore[misc]
@@ -142,7 +142,7 @@ class Endpoint:
     def _answer(self, command: Callable[[], Any], future: Future[Any]) -> None:
         try:
             future.set_result(command())
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - whatever it is, it belongs to the caller
             future.set_exception(problem)
 
     def _do(self, effects: Iterable[Effect]) -> None:
@@ -193,7 +193,7 @@ class Endpoint:
         return changed
 
     def close(self) -> None:
-        """End what is live (as Cancelled), tell the peers, free everything. Idempotent; takes a second or two at most."""
+        """End what is live (as Cancelled), tell the peers, free everything. Idempotent; a second or two at most."""
         with self._close_lock:
             if os.getpid() != self._pid:
                 return

@@ -164,7 +164,7 @@ class ReceiveTransfer(Transfer):
         self._receiver._expose(self)
         seen = 0
         while True:
-            self._wait_until(lambda: self.done or self.sent_tokens > seen, timeout)
+            self._wait_until(lambda seen=seen: self.done or self.sent_tokens > seen, timeout)  # type: ignore[misc]
             stop = self.sent_tokens
             if stop > seen:
                 yield seen, stop, self._receiver._rows(self, seen, stop)

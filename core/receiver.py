@@ -375,7 +375,7 @@ class ReceiverMachine:
             self._give_up(t, e.PoolTimeout("the destination budget is in use", room=t.room))
         else:
             self._reclaim(t)  # AL-1: a loan does not wait for a destination
-            t.phase = Phase.QUEUED
+            t.enter(Phase.QUEUED)
             self.queue.append(t.xfer)
         self._touch(t)
 
@@ -383,7 +383,8 @@ class ReceiverMachine:
         return self.budget_used + cost <= self.policy.budget
 
     def _admit(self, t: Transfer, cost: int) -> None:
-        t.phase, t.charge = Phase.ACTIVE, cost
+        t.enter(Phase.ACTIVE)
+        t.charge = cost
         if self.group.leads:
             self.budget_used += cost
         self._effects.append(Reserve(t.xfer))
@@ -405,7 +406,8 @@ class ReceiverMachine:
             self._effects.append(Drop(t.xfer))
             self._refund(t)
         self._leave_lines(t)
-        t.facts, t.phase = None, Phase.OPENING
+        t.facts = None
+        t.enter(Phase.OPENING)
 
     # ============================================================ granting
 
@@ -509,7 +511,7 @@ class ReceiverMachine:
         if self.group.ranks == 1:
             self._end(t, None)
         else:
-            t.phase = Phase.VOTED
+            t.enter(Phase.VOTED)
             self._send_vote(t)
             self._query(t)
             self._touch(t)
@@ -582,14 +584,16 @@ class ReceiverMachine:
         self._withdraw(t)
         self._leave_lines(t)
         self._effects.append(Drop(t.xfer))
-        t.phase, t.error = Phase.VOTED, t.error or error
+        t.enter(Phase.VOTED)
+        t.error = t.error or error
         self._send_vote(t)
         self._query(t)
 
     def _end(self, t: Transfer, error: e.FerryError | None) -> None:
         self._withdraw(t)
         self._leave_lines(t)
-        t.phase, t.error = Phase.CLOSING, error
+        t.enter(Phase.CLOSING)
+        t.error = error
         del self.rooms[t.room]
         if error is not None:
             self._effects.append(Drop(t.xfer))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from tensorferry.core.allocator import Tenant
-from tensorferry.core.errors import FerryError
+from tensorferry.core.errors import FerryError, InternalError
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.rounds import RoundLog
 
@@ -19,6 +19,25 @@ class Phase(IntEnum):
     ACTIVE = 2
     VOTED = 3
     CLOSING = 4
+
+
+TRANSITIONS: dict[tuple[Phase, Phase], str] = {
+    (Phase.OPENING, Phase.QUEUED): "announced; the destination budget is in use",
+    (Phase.OPENING, Phase.ACTIVE): "announced; destination reserved",
+    (Phase.OPENING, Phase.VOTED): "a follower gives up",
+    (Phase.OPENING, Phase.CLOSING): "cancelled, refused, too late",
+    (Phase.QUEUED, Phase.ACTIVE): "destination reserved",
+    (Phase.QUEUED, Phase.OPENING): "sender restarted with other content",
+    (Phase.QUEUED, Phase.VOTED): "a follower gives up",
+    (Phase.QUEUED, Phase.CLOSING): "cancelled, aborted, too late",
+    (Phase.ACTIVE, Phase.OPENING): "sender restarted with other content",
+    (Phase.ACTIVE, Phase.VOTED): "several ranks: every row is here, or a follower gives up",
+    (Phase.ACTIVE, Phase.CLOSING): "every row is here; or cancelled, aborted, too late",
+    (Phase.VOTED, Phase.OPENING): "sender restarted with other content",
+    (Phase.VOTED, Phase.VOTED): "a follower that had everything gives up",
+    (Phase.VOTED, Phase.CLOSING): "COMMIT at the leader, RUN or DROP at a follower",
+}
+"""Every way from phase to phase, and why. `Transfer.enter` refuses any other; the docs' diagram is made from it."""
 
 
 class Status(StrEnum):
@@ -82,6 +101,14 @@ class Transfer:
         if self.beyond:
             return Status.TRANSFERRING
         return Status.WAITING_FOR_INPUT if self.touched else Status.BOOTSTRAPPING
+
+    def enter(self, phase: Phase) -> None:
+        """The one way to change phase. Raises InternalError for a transition that is not in the table."""
+        if (self.phase, phase) not in TRANSITIONS:
+            raise InternalError(
+                f"transfer {self.xfer} cannot go from {self.phase.name} to {phase.name}", room=self.room
+            )
+        self.phase = phase
 
     @property
     def holds(self) -> int:
