@@ -21,7 +21,7 @@ import msgspec
 from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import Natural, Token, decode
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer
-from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping
+from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping, check_available
 from tensorferry.core.errors import (
     BadCall,
     OutOfBounds,
@@ -151,6 +151,7 @@ class MemoryTransport(HostCopyTransport):
         if nbytes <= 0:
             raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
         try:
+            check_available(nbytes)
             mapping = Mapping(nbytes)
             mapping.advise(MADV_HUGEPAGE)
             mapping.populate()
@@ -220,9 +221,7 @@ class MemoryTransport(HostCopyTransport):
 
     def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[Any, int, int, int]]) -> None:
         assert isinstance(peer, MemoryPeer)
-        batch.segments = [
-            (memory.address + offset, source, nbytes) for memory, offset, source, nbytes in plan
-        ]
+        batch.segments = [(memory.address + offset, source, nbytes) for memory, offset, source, nbytes in plan]
         batch.keep = [*batch.keep, *{id(memory): memory for memory, *_ in plan}.values()]
         batch.gate = peer.there
         self._copier.submit(batch)

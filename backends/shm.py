@@ -28,7 +28,7 @@ from tensorferry.backends import _shm_wire as wire
 from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._hostcopy import HostCopyTransport, HostPeer
-from tensorferry.backends._mapping import Mapping
+from tensorferry.backends._mapping import Mapping, check_available
 from tensorferry.backends._shm_courier import Courier
 from tensorferry.backends._shm_link import Link
 from tensorferry.core.errors import (
@@ -63,9 +63,7 @@ class ShmOptions(Options, frozen=True):
     ] = 10.0
     prefault: Annotated[
         bool,
-        msgspec.Meta(
-            description="Bring all pages in at allocation and mapping. Without it the first copies are slow."
-        ),
+        msgspec.Meta(description="Bring all pages in at allocation and mapping. Without it the first copies are slow."),
     ] = True
 
 
@@ -77,6 +75,7 @@ class _Slab:
 
     def __init__(self, nbytes: int, prefault: bool) -> None:
         """Raises OSError where there is no memory."""
+        check_available(nbytes)
         self.nbytes = nbytes
         self.fd = os.memfd_create("tensorferry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # A forked child closes its own copy with its own exit, and must not close a number that it has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import random
 import threading
 import weakref
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transport_ends import OPENERS, REGION_BYTES, Brake, Pair, at, ended, eventually, filled
 
-from tensorferry.backends import _copier, _descriptor, _hostcopy
+from tensorferry.backends import _copier, _descriptor, _hostcopy, _mapping
 from tensorferry.core.errors import (
     BadCall,
     OutOfBounds,
@@ -232,6 +233,19 @@ def test_memory_is_aligned_writable_and_zeroed(open_one: Opener) -> None:
 def test_no_memory_cannot_be_allocated(open_one: Opener, nbytes: int) -> None:
     with pytest.raises(BadCall):
         open_one().allocate(nbytes)
+
+
+def test_memory_that_is_not_to_be_had_is_refused_before_a_page_is_taken(
+    open_one: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the kernel would kill processes, any of them, until there is enough."""
+    transport = open_one()
+    monkeypatch.setattr(_mapping, "available_bytes", lambda: 100_000)
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TransportError, match="100000 are available"):
+        transport.allocate(100_001)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    transport.allocate(100_000)
 
 
 def test_a_kind_of_memory_that_is_not_declared_is_refused_by_name(pair: Pair) -> None:
