@@ -581,6 +581,10 @@ class ReceiverMachine:
         if self.group.leads:
             self._end(t, error)
             return
+        if t.phase is Phase.VOTED and t.error is None:  # it has promised its rows: only the verdict ends it now
+            t.plea = t.plea or error
+            self._query(t)
+            return
         self._withdraw(t)
         self._leave_lines(t)
         self._effects.append(Drop(t.xfer))
@@ -595,7 +599,7 @@ class ReceiverMachine:
         t.enter(Phase.CLOSING)
         t.error = error
         del self.rooms[t.room]
-        if error is not None:
+        if error is not None or t.told:
             self._effects.append(Drop(t.xfer))
         self._tell(t, error)
         if self.group.ranks == 1 or self.group.rank:
@@ -667,7 +671,7 @@ class ReceiverMachine:
         t = self.transfers.get(verdict.xfer)
         if t is not None and t.live:
             if not verdict.run:
-                self._end(t, t.error or e.from_code(verdict.code, verdict.cause, room=t.room))
+                self._end(t, t.error or t.plea or e.from_code(verdict.code, verdict.cause, room=t.room))
             elif t.phase is Phase.VOTED and t.error is None:
                 self._end(t, None)
             return
@@ -688,7 +692,7 @@ class ReceiverMachine:
     def _query(self, t: Transfer) -> None:
         if self.group.leads or not self.group.leader:
             return
-        code, cause = _wire_error(t.error) if t.live else ("", "")
+        code, cause = _wire_error(t.error or t.plea) if t.live else ("", "")
         self._send(self.group.leader, m.Query(
             src=self.inc, dst=self.leader_inc, xfer=t.xfer, room=t.room, rank=self.group.rank,
             ranks=self.group.ranks, heard=not t.live, code=code, cause=cause,
@@ -788,7 +792,8 @@ class ReceiverMachine:
                 (
                     t.xfer, t.room, t.route, t.dummy, t.phase, t.sender, t.announced, t.facts, t.ready, t.epoch,
                     t.have.ranges(), tuple(sorted(t.out.items())), tuple(sorted(t.gathering.items())), t.lent, t.charge,
-                    t.last_grant, t.bumps, t.paused, t.exposed, t.error and t.error.code, t.told, t.closed,
+                    t.last_grant, t.bumps, t.paused, t.exposed, t.error and t.error.code, t.plea and t.plea.code,
+                    t.told, t.closed,
                 )
                 for t in self.transfers.values()
             ),
@@ -809,11 +814,12 @@ class ReceiverMachine:
         self.transfers, self.rooms, self.budget_used = {}, {}, 0
         for row in transfers:
             t = Transfer(*row[:10])
-            (have, out, gathering, t.lent, t.charge, t.last_grant, t.bumps, t.paused, t.exposed, code, t.told,
-             t.closed) = row[10:]  # fmt: skip
+            (have, out, gathering, t.lent, t.charge, t.last_grant, t.bumps, t.paused, t.exposed, code, plea,
+             t.told, t.closed) = row[10:]  # fmt: skip
             t.have, t.out, t.gathering = Ranges(have), dict(out), dict(gathering)
             t.taken = Ranges([*have, *((i, i + 1) for i in t.out), *((i, i + 1) for i in t.gathering)])
             t.error = e.from_code(code, "restored") if code else None
+            t.plea = e.from_code(plea, "restored") if plea else None
             self.transfers[t.xfer] = t
             if t.live:
                 self.rooms[t.room] = t.xfer

@@ -191,7 +191,8 @@ class Receiver(Endpoint):
     # ---- effects -----------------------------------------------------------------------------------------------
 
     def _on_message(self, route: str, message: m.Message, now: float) -> None:
-        self._heard[route] = now
+        if route in self.machine.peers:
+            self._heard[route] = now
         self._do(self.machine.on_message(route, message))
 
     def _carry_out(self, effect: fx.Effect) -> None:
@@ -363,7 +364,7 @@ class Receiver(Endpoint):
             keys.add(("paused", xfer, t.bumps))
             if watches.age(("paused", xfer, t.bumps), now) >= bump_pause(t.bumps):
                 self._do(self.machine.resume_grants(xfer))
-        if not t.live or t.error is not None:
+        if not t.live or t.error is not None or t.plea is not None:
             return
         if age > s.transfer_deadline:
             waits = t.phase is Phase.QUEUED or (xfer in self.machine.line and not t.holds)

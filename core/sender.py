@@ -113,6 +113,7 @@ class Receiver:
     revoked: dict[int, int] = field(default_factory=dict)  # xfer not opened here -> revoked up to (L4)
     usable: bool = False
     gone: bool = False
+    problem: tuple[str, str] | None = None  # (code, cause): the transport cannot reach it, so that no room is served
     generations: list[int] = field(default_factory=list)
 
 
@@ -265,11 +266,14 @@ class SenderMachine:
         r = self.receivers.get(receiver)
         if r is not None:
             r.usable = error is None
+            r.problem = None if error is None else (error.code, error.cause[:1000])
             r.generations = [generation for _, generation in m.unpack_regions(r.hello.regions)]
             for slot in self._slots_of(receiver):
                 for binding in slot.bindings.values():
-                    if binding.receiver == receiver:
+                    if binding.receiver == receiver and error is None:
                         self._post(slot, binding)
+                    elif binding.receiver == receiver:
+                        self._refuse(r.route, binding.key, error)
         return self._take_effects()
 
     def receiver_lost(self, receiver: int, error: e.FerryError, *, gone: bool) -> list[Effect]:
@@ -426,6 +430,9 @@ class SenderMachine:
             self._announce_to(self.slots[slot_id], o.rank)
             return
         slot = self._slot_at(o.room)
+        if r.problem is not None:
+            self._refuse(r.route, key, e.from_code(*r.problem))
+            return
         if o.rank >= o.ranks or (slot is not None and slot.ranks not in (0, o.ranks)):
             self._refuse(r.route, key, e.GroupMismatch(
                 f"rank {o.rank} counts {o.ranks} ranks, others of room {o.room} {slot.ranks if slot else 'none'}"
@@ -617,7 +624,8 @@ class SenderMachine:
         if any(b.closed is None for b in slot.bindings.values()):
             return
         if slot.decision == "commit":
-            self._tell(slot, None)
+            code = slot.bindings[0].closed  # the leader's word is the room's: it may have been lost after COMMIT
+            self._tell(slot, e.from_code(code, "the leader ended so after COMMIT", room=slot.room) if code else None)
             self._end(slot)
         elif slot.decision == "abort":
             if slot.ranks <= 1 or whole:  # a rank that opens late must find this use, not the next one
@@ -799,7 +807,7 @@ class SenderMachine:
             ),
             tuple(
                 (inc, r.route, r.name, r.hello, r.min_live, r.closed.ranges(), tuple(sorted(r.revoked.items())),
-                 r.usable, r.gone)
+                 r.usable, r.gone, r.problem)
                 for inc, r in sorted(self.receivers.items())
             ),
             tuple(sorted(self.newest.items())),
@@ -830,8 +838,8 @@ class SenderMachine:
             if rival is not None:
                 self.contested.add(id_)
         self.receivers = {}
-        for inc, route, name, hello, min_live, closed, revoked, usable, gone in receivers:
-            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone)
+        for inc, route, name, hello, min_live, closed, revoked, usable, gone, problem in receivers:
+            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone, problem)
             r.generations = [generation for _, generation in m.unpack_regions(hello.regions)]
             self.receivers[inc] = r
         self.newest, self.rooms, self.orphans = dict(newest), dict(rooms), set(orphans)

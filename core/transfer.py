@@ -85,6 +85,7 @@ class Transfer:
     paused: bool = False
     exposed: bool = False  # rows were shown to the caller before the end
     error: FerryError | None = None
+    plea: FerryError | None = None  # a follower that has promised its rows wants out; only the verdict ends it
     told: bool = False  # the caller knows the end
     closed: bool = False  # the sender has answered Close, or never will
     # not protocol state: derived, or for people to look at
@@ -97,7 +98,7 @@ class Transfer:
     @property
     def status(self) -> Status:
         if self.told:
-            return Status.SUCCESS if self.error is None else Status.FAILED
+            return Status.SUCCESS if self.error is None and self.plea is None else Status.FAILED
         if self.beyond:
             return Status.TRANSFERRING
         return Status.WAITING_FOR_INPUT if self.touched else Status.BOOTSTRAPPING
