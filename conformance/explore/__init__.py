@@ -1,0 +1,1 @@
+"""Exhaustive search over the production machines. `python -m tensorferry.conformance.explore` tells more."""

@@ -1,0 +1,315 @@
+"""What can happen next: deliveries and landings, the application's patience, and faults within their budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tensorferry.conformance.explore.search import Edge, State, Violation
+from tensorferry.conformance.explore.step import Flight, Offering, Proof, Step, Want
+
+if TYPE_CHECKING:
+    from tensorferry.conformance.explore.world import SearchWorld
+
+CS, CR, TR, CO, CA, SA, BU, OV, RL, PS, RE = range(11)
+
+
+def _edge(
+    world: SearchWorld, state: State, label: tuple[Any, ...], act: Callable[[Step], object], fault: int = -1
+) -> Edge:
+    step = Step(world, state)
+    if fault >= 0:
+        b = step.budget
+        step.budget = (*b[:fault], b[fault] - 1, *b[fault + 1 :])
+    try:
+        act(step)
+    except Violation as violation:
+        return Edge(label, fault < 0, violation)
+    return Edge(label, fault < 0, world.settle(step))
+
+
+# ---- normal steps -----------------------------------------------------------------------------------------------
+
+
+def normal(world: SearchWorld, state: State) -> list[Edge]:
+    found = list(_deliveries(world, state))
+    found += _landings(world, state)
+    found += _proofs(world, state)
+    found += _applications(world, state)
+    for job in dict.fromkeys(state[7]):
+        found.append(_edge(world, state, ("gather ends", job), lambda s, job=job: _gather(s, job)))
+    return found
+
+
+def _deliveries(world: SearchWorld, state: State) -> Iterator[Edge]:
+    shop, net, split = world.shop, state[8], world.setup.split
+    rest = net
+    while rest:
+        bit = rest & -rest
+        rest ^= bit
+        k = bit.bit_length() - 1
+        to = shop.mail[k].to
+        number = state[0][to]
+        ran = shop.run(number, ("msg", k))
+        if ran.after == number and ran.error is None:
+            if all(todo[0] == "send" and net >> todo[1] & 1 for todo in ran.todo):
+                continue
+        yield _edge(world, state, ("deliver", k), lambda s, to=to, k=k: _deliver(s, to, k, split))
+
+
+def _deliver(step: Step, to: int, k: int, split: bool) -> None:
+    if split and type(step.world.shop.mail[k].message).__name__ == "Fenced":
+        step.flush(to)  # before a fence frees blocks, what is placed in them has to be visible (INT-3)
+    step.run(to, ("msg", k))
+
+
+def _landings(world: SearchWorld, state: State) -> list[Edge]:
+    found, flights = [], state[1]
+    split = world.setup.split
+    for k, f in enumerate(flights):
+        if f in flights[:k]:
+            continue
+        if f.placed:
+            found.append(_edge(world, state, ("becomes visible", f), lambda s, f=f: _visible(s, f)))
+            continue
+        found.append(_edge(world, state, ("lands", f), lambda s, f=f: _land(s, f, True, split)))
+        if f.unknown:
+            found.append(_edge(world, state, ("drains without landing", f), lambda s, f=f: _vanish(s, f)))
+    return found
+
+
+def _without(flights: tuple[Flight, ...], f: Flight) -> tuple[Flight, ...]:
+    at = flights.index(f)
+    return flights[:at] + flights[at + 1 :]
+
+
+def _land(step: Step, f: Flight, intact: bool, split: bool) -> None:
+    step.flights = _without(step.flights, f)
+    if split and intact:
+        step.flights = (*step.flights, f._replace(placed=True))
+    else:
+        step.appear(f, intact)
+    step.complete(f)
+
+
+def _vanish(step: Step, f: Flight) -> None:
+    step.flights = _without(step.flights, f)
+    step.complete(f)
+
+
+def _visible(step: Step, f: Flight) -> None:
+    step.flights = _without(step.flights, f)
+    step.appear(f, True)
+
+
+def _gather(step: Step, job: Any) -> None:
+    gathers = list(step.gathers)
+    gathers.remove(job)
+    step.gathers = tuple(gathers)
+    step.gather(job)
+
+
+def _proofs(world: SearchWorld, state: State) -> list[Edge]:
+    """F4, once for each process that has crashed and each that should know; or F3 where there is no F4."""
+    found = []
+    for proof in state[6]:
+        number = state[0][proof.to]
+        if proof.to < world.setup.ranks:
+            if world.setup.proof:
+                found.append(_edge(world, state, ("proved gone", *proof), lambda s, p=proof: _gone(s, p)))
+            elif proof.about in world.view(number).fencing:
+                found.append(_edge(world, state, ("fence overdue", *proof), lambda s, p=proof: s.run(p.to, ("overdue", p.about))))
+        elif proof.about in world.view(number).receivers:
+            found.append(_edge(world, state, ("receiver lost", *proof), lambda s, p=proof: _gone(s, p)))
+    return found
+
+
+def _gone(step: Step, proof: Proof) -> None:
+    step.proofs = tuple(p for p in step.proofs if p != proof)
+    if proof.to < step.setup.ranks:
+        step.flights = tuple(f for f in step.flights if not (f.incarnation == proof.about and f.target == proof.to))
+        step.run(proof.to, ("gone", proof.about))
+    else:
+        step.run(proof.to, ("lost", proof.about, True))
+
+
+def _applications(world: SearchWorld, state: State) -> list[Edge]:
+    found, setup, offers = [], world.setup, state[5]
+    for room, offer in enumerate(offers):
+        if offer.end == "" and not (
+            setup.one_by_one and room == 0 and any(o.end in ("", "w") for o in offers[1:])
+        ):
+            found.append(_edge(world, state, ("offer", room), lambda s, room=room: s.offer(room)))
+        if offer.end == "w" and offer.ready < setup.blocks:
+            found.append(_edge(world, state, ("extend", room), lambda s, room=room: _extend(s, room)))
+    return found
+
+
+def _extend(step: Step, room: int) -> None:
+    offer = step.offers[room]
+    step.set_offer(room, offer._replace(ready=offer.ready + 1))
+    step.run(step.process_of(room), ("extend", offer.serial, offer.ready + 1))
+
+
+# ---- when nothing else can happen -------------------------------------------------------------------------------
+
+
+def patience(world: SearchWorld, state: State) -> list[Edge]:
+    """Timers speak again; and when that changes nothing, deadlines of applications pass."""
+
+    def say(step: Step) -> None:
+        step.net |= world.repeated(state[0])
+
+    again = _edge(world, state, ("timers speak again",), say)
+    if again.state != state:
+        return [again]
+    found, setup = [], world.setup
+    for room, offer in enumerate(state[5]):
+        wants = [state[4][rank * setup.rooms + room] for rank in range(setup.ranks)]
+        over = all(want.end not in ("", "w") for want in wants)
+        if offer.end == "w" and over:
+            found.append(_edge(world, state, ("deadline of offer", room), lambda s, o=offer, room=room: s.run(
+                s.process_of(room), ("cancel", o.serial))))  # fmt: skip
+        if offer.end not in ("", "w"):
+            for rank, want in enumerate(wants):
+                if want.end == "w":
+                    found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
+                        r, ("fail", w.xfer))))  # fmt: skip
+    if not found:
+        for k in range(setup.ranks, setup.ranks + setup.senders):
+            for slot in world.view(state[0][k]).slots:
+                found.append(_edge(world, state, ("force end", k, slot), lambda s, k=k, slot=slot: s.run(k, ("force", slot))))
+    return found
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+def faults(world: SearchWorld, state: State) -> list[Edge]:
+    budget = state[9]
+    if not any(budget):
+        return []
+    found: list[Edge] = []
+    setup, ranks = world.setup, world.setup.ranks
+
+    def add(fault: int, label: tuple[Any, ...], act: Callable[[Step], object]) -> None:
+        found.append(_edge(world, state, label, act, fault))
+
+    if budget[CS]:
+        for k in range(setup.senders):
+            if any(o.end == "w" or not o.released for x, o in enumerate(state[5]) if setup.serves(x) == k and o.end):
+                add(CS, ("sender crashes", k), lambda s, k=k: _sender_crash(s, ranks + k))
+    if budget[CR]:
+        for rank in range(ranks):
+            add(CR, ("receiver crashes", rank), lambda s, rank=rank: _receiver_crash(s, rank))
+    if budget[CO] and not setup.split:
+        for f in dict.fromkeys(state[1]):
+            add(CO, ("lands corrupted", f), lambda s, f=f: _land(s, f, False, False))
+    if budget[TR]:
+        for f in dict.fromkeys(state[1]):
+            if not f.placed and not f.unknown and world.incarnation(state[0][f.sender]) == f.incarnation:
+                add(TR, ("FAILED", f), lambda s, f=f: _failed(s, f))
+        for sender, write in dict.fromkeys((f.sender, f.write) for f in state[1] if not f.placed and not f.unknown
+                                           and world.incarnation(state[0][f.sender]) == f.incarnation):  # fmt: skip
+            add(TR, ("UNKNOWN", write), lambda s, sender=sender, write=write: _unknown(s, sender, write))
+    for rank in range(ranks):
+        _receiver_faults(world, state, rank, add)
+    if budget[SA]:
+        for room, offer in enumerate(state[5]):
+            if offer.end == "w":
+                add(SA, ("sender cancels", room), lambda s, o=offer, room=room: s.run(s.process_of(room), ("cancel", o.serial)))
+    if budget[RL]:
+        for k in range(setup.senders):
+            for inc in world.view(state[0][ranks + k]).receivers:
+                if any(world.incarnation(state[0][r]) == inc for r in range(ranks)):
+                    add(RL, ("receiver believed lost", k, inc), lambda s, k=k, inc=inc: s.run(ranks + k, ("lost", inc, False)))
+    if budget[RE]:
+        for room, offer in enumerate(state[5]):
+            wants = [state[4][rank * setup.rooms + room] for rank in range(ranks)]
+            if offer.end not in ("", "w") and all(w.end not in ("", "w") for w in wants) and offer.released:
+                add(RE, ("room used again", room), lambda s, room=room: _again(s, room))
+    return found
+
+
+def _receiver_faults(
+    world: SearchWorld, state: State, rank: int, add: Callable[[int, tuple[Any, ...], Callable[[Step], object]], None]
+) -> None:
+    budget, setup, view = state[9], world.setup, world.view(state[0][rank])
+    if budget[CA]:
+        for room in range(setup.rooms):
+            want = state[4][rank * setup.rooms + room]
+            if want.end == "w":
+                add(CA, ("receiver cancels", rank, room), lambda s, w=want: s.run(rank, ("cancel", w.xfer)))
+    if budget[BU]:
+        for xfer in view.granting:
+            add(BU, ("suspicion", rank, xfer), lambda s, xfer=xfer: s.run(rank, ("suspect", xfer)))
+    if budget[OV]:
+        for inc in view.fencing:
+            add(OV, ("fence overdue", rank, inc), lambda s, inc=inc: s.run(rank, ("overdue", inc)))
+    if budget[PS]:
+        for k in range(setup.senders):
+            add(PS, ("sender believed lost", rank, k), lambda s, k=k: s.run(rank, ("silent", f"s{k}")))
+
+
+def _failed(step: Step, f: Flight) -> None:
+    step.flights = tuple(g for g in step.flights if (g.sender, g.incarnation, g.write, g.index) != f[:4])
+    step.run(f.sender, ("failed", f.write, f.index))
+
+
+def _unknown(step: Step, sender: int, write: tuple[int, int, int, int]) -> None:
+    step.flights = tuple(
+        f._replace(unknown=True) if f.sender == sender and f.write == write and not f.placed else f
+        for f in step.flights
+    )
+    step.run(sender, ("unknown", write))
+
+
+def _sender_crash(step: Step, process: int) -> None:
+    setup, world = step.setup, step.world
+    old = world.incarnation(step.procs[process])
+    said = [world.repeated((step.procs[rank],)) for rank in range(setup.ranks)]
+    step.procs[process] = world.shop.fresh(process, old + 1)
+    for bits in said:
+        step.net |= bits
+    if "no_proof" not in setup.mutant:
+        step.proofs = tuple(sorted(
+            [p for p in step.proofs if p.to != process] + [Proof(rank, process, old) for rank in range(setup.ranks)]
+        ))  # fmt: skip
+    for room, offer in enumerate(step.offers):
+        if step.process_of(room) != process:
+            continue
+        if offer.end == "w":
+            step.set_offer(room, Offering("", 0, offer.content if setup.same else offer.content + 8, 0, False))
+        elif offer.end:
+            step.set_offer(room, offer._replace(serial=0, released=True))
+    if not setup.late_offers:
+        for room, offer in enumerate(step.offers):
+            if step.process_of(room) == process and offer.end == "":
+                step.offer(room)
+
+
+def _receiver_crash(step: Step, rank: int) -> None:
+    setup, world = step.setup, step.world
+    old = world.incarnation(step.procs[rank])
+    step.procs[rank] = world.shop.fresh(rank, old + 1)
+    step.memory = (*step.memory[:rank], (None,) * setup.pool, *step.memory[rank + 1 :])
+    step.rows = tuple(row for row in step.rows if row[0][0] != rank)
+    step.gathers = tuple(job for job in step.gathers if job.rank != rank)
+    step.proofs = tuple(sorted(
+        [p for p in step.proofs if p.to != rank]
+        + [Proof(setup.ranks + k, rank, old) for k in range(setup.senders)]
+    ))  # fmt: skip
+    for room in range(setup.rooms):
+        want = step.wants[rank * setup.rooms + room]
+        if want.end == "w":
+            step.receive(rank, room)
+        else:
+            step.set_want(rank, room, Want(want.end, 0))
+
+
+def _again(step: Step, room: int) -> None:
+    offer = step.offers[room]
+    step.set_offer(room, Offering("", 0, offer.content + 16, 0, False))
+    step.offer(room)
+    for rank in range(step.setup.ranks):
+        step.receive(rank, room)
