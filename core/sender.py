@@ -272,7 +272,7 @@ class SenderMachine:
                 for binding in slot.bindings.values():
                     if binding.receiver == receiver and error is None:
                         self._post(slot, binding)
-                    elif binding.receiver == receiver:
+                    elif binding.receiver == receiver and error is not None:
                         self._refuse(r.route, binding.key, error)
         return self._take_effects()
 
