@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -63,6 +64,7 @@ class Copier:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._pid = os.getpid()
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
         self._lock = threading.RLock()
@@ -105,6 +107,8 @@ class Copier:
 
     def stop(self) -> None:
         """Ask the worker to end after its current chunk; batches that are not finished by then are FAILED."""
+        if os.getpid() != self._pid:  # a forked child drops us; the lock may have no owner there
+            return
         with self._lock:
             if self._stopping:
                 return

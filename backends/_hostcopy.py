@@ -155,9 +155,7 @@ class HostCopyTransport(Transport):
                     f"{copy.remote.id} of the peer, which has {nbytes} bytes",
                     transport=self.name,
                 )
-            plan.append(
-                (token, int(copy.remote_offset), int(source.address + copy.local_offset), int(copy.nbytes))
-            )
+            plan.append((token, int(copy.remote_offset), int(source.address + copy.local_offset), int(copy.nbytes)))
             keep.append(source)
         batch = Batch((), keep)
         handle = next(self._handles)
@@ -169,9 +167,7 @@ class HostCopyTransport(Transport):
         memory = copy.local
         if isinstance(memory, Region):
             if self._live.get(memory.id) != memory:
-                raise OutOfBounds(
-                    f"local region {memory.id} is not registered here (any more)", transport=self.name
-                )
+                raise OutOfBounds(f"local region {memory.id} is not registered here (any more)", transport=self.name)
             memory = memory.memory
         if memory.kind not in self.capabilities.memory_kinds:
             raise Unsupported(f"cannot read from {memory.kind} memory", transport=self.name)
@@ -225,9 +221,7 @@ class HostCopyTransport(Transport):
     def _close_copier(self) -> bool:
         if self._copier.close(CLOSE_TIMEOUT_S):
             return True
-        log.error(
-            "%s: a copy did not return within %g s; its memory stays mapped", self.name, CLOSE_TIMEOUT_S
-        )
+        log.error("%s: a copy did not return within %g s; its memory stays mapped", self.name, CLOSE_TIMEOUT_S)
         for batch in self._batches.values():
             self._copier.give_up_on(batch)
         return False

@@ -77,6 +77,7 @@ class Courier:
         self.name = b"tensorferry-" + secrets.token_hex(16).encode()
         self._instance = instance
         self._prefault = prefault
+        self._pid = os.getpid()
         self._uid = os.geteuid()
         self._slabs: dict[wire.Key, Slab] = {}
         self._slabs_lock = threading.Lock()
@@ -84,6 +85,8 @@ class Courier:
         # Reentrant: the end of a forgotten transport may be noticed (by the garbage collector) in the
         # middle of it.
         self._lock = threading.RLock()
+        # Held while files are opened and closed, and taken before a fork: see the end of this file.
+        self.fork_lock = threading.RLock()
         self._ended = False
         self._stopping = False
         self._say_closed = False
@@ -142,6 +145,8 @@ class Courier:
 
     def stop(self) -> None:
         """Ask the thread to end."""
+        if os.getpid() != self._pid:  # a forked child drops us; the lock may have no owner there
+            return
         with self._lock:
             self._stopping = True
             if not self._ended:
@@ -160,9 +165,7 @@ class Courier:
 
     # ---- for links, on the courier's thread --------------------------------------------------------------
 
-    def listen_to(
-        self, connection: socket.socket, read: Callable[[], None], end: Callable[[str], None]
-    ) -> None:
+    def listen_to(self, connection: socket.socket, read: Callable[[], None], end: Callable[[str], None]) -> None:
         self._selector.register(connection, selectors.EVENT_READ, (read, end))
 
     def forget(self, connection: socket.socket) -> None:
@@ -183,7 +186,8 @@ class Courier:
         except Exception:
             log.exception("the courier of a shm transport failed")
         finally:
-            self._end()
+            with self.fork_lock:
+                self._end()
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -191,8 +195,14 @@ class Courier:
         first = min(timers, default=math.inf)
         first = min(first, self._accept_at)
         wait = 0.0 if self._filling else max(0.0, first - now)
-        for key, _ in self._selector.select(None if wait == math.inf else wait):
-            handle, fail = key.data
+        ready = self._selector.select(None if wait == math.inf else wait)
+        with self.fork_lock:
+            self._handle([key.data for key, _ in ready])
+        if self._filling:
+            self._fill_some()
+
+    def _handle(self, ready: list[tuple[Callable[[], None], Callable[[str], None]]]) -> None:
+        for handle, fail in ready:
             _guard(handle, fail)
         now = time.monotonic()
         for link in [link for link in self._links if link.next_time() <= now]:
@@ -202,8 +212,6 @@ class Courier:
         if self._accept_at <= now:
             self._accept_at = math.inf
             self._selector.register(self._listener, selectors.EVENT_READ, (self._accept, _log_only))
-        if self._filling:
-            self._fill_some()
 
     def _answer_bell(self) -> None:
         try:
@@ -346,11 +354,31 @@ def _guard(handle: Callable[[], None], fail: Callable[[str], None]) -> None:
 _couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
 
 
+_forking = threading.RLock()
+_held: list[Courier] = []
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    # Between accept and the note of it, say, a connection is known to nobody: a child would keep it open for ever.
+    _held[:] = _couriers
+    for courier in _held:
+        courier.fork_lock.acquire()
+
+
+def _after_fork() -> None:
+    for courier in _held:
+        courier.fork_lock.release()
+    _held.clear()
+    _forking.release()
+
+
 def _after_fork_in_child() -> None:
-    for courier in list(_couriers):
+    for courier in _held:
         if not courier.ended:
             courier.drop_files()
-    _couriers.clear()
+        _couriers.discard(courier)
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

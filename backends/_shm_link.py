@@ -43,9 +43,7 @@ class Link:
     """`watch`: the proof of the peer's end, as far as there is one. `closed`: it told us that it closed,
     drained."""
 
-    def __init__(
-        self, courier: Courier, told: wire.Descriptor, watch: ProcessWatch | None, patience_s: float
-    ) -> None:
+    def __init__(self, courier: Courier, told: wire.Descriptor, watch: ProcessWatch | None, patience_s: float) -> None:
         self.watch = watch
         self.closed = False
         self._courier = courier
