@@ -57,6 +57,7 @@ class ReceiverMachine:
         self.decisions = Decisions(self.inc, policy.max_rooms)
         self.leader_inc = 0
         self.replacing: set[int] = set()  # slabs that the driver was asked to replace
+        self.gone: set[int] = set()  # incarnations proved gone (F4) that a transfer may still hold blocks of
         self.ignored: Counter[str] = Counter()
         self._effects: list[Effect] = []
 
@@ -82,7 +83,7 @@ class ReceiverMachine:
             self.decisions.open(t.xfer, room, self.group.ranks)
         if peer.inc and peer.usable:
             self._open(t, peer)
-        elif not peer.inc:
+        else:
             self._send(route, self._hello(peer))  # no grant before Hello is answered: a wrong address costs no block
         self._query(t)
         return t.xfer, self._step()
@@ -139,7 +140,7 @@ class ReceiverMachine:
         t = self.transfers[xfer]
         for index in indices:
             block, tenant, _ = t.gathering.pop(index)
-            self.pool.quarantine(block, tenant)
+            self._quarantine(block, tenant)
             self._take_back(t, index)
         if t.phase is Phase.ACTIVE:
             self._bump(t, e.IntegrityError(f"block {indices[0]} arrived with a wrong digest", room=t.room))
@@ -149,6 +150,8 @@ class ReceiverMachine:
         """The transport has taken, or refused, the peer's descriptor."""
         peer = self.peers[route]
         peer.usable = error is None
+        if error is not None:
+            peer.revision = -1  # the next Hello is a new chance: no failure blacklists a peer
         for t in self._of_peer(route):
             if error is not None:
                 self._give_up(t, error)
@@ -169,15 +172,20 @@ class ReceiverMachine:
         return self._step()
 
     def peer_gone(self, sender: int) -> list[Effect]:
-        """F4: that incarnation is proved gone; nothing of it can land any more."""
+        """F4: that incarnation is proved gone; nothing of it can land any more. Said once, so that it is remembered
+        for blocks that come into quarantine later: the successor's Hello may be slower than the proof."""
         self.pool.gone(sender)
+        self.gone.add(sender)
         for peer in self.peers.values():
             peer.buried.pop(sender, None)
+            if peer.inc == sender:
+                peer.floor = sender
         for t in list(self.transfers.values()):
             if t.sender == sender and not t.live:
                 t.closed = True
                 self._refund(t)
             self._maybe_forget(t)
+        self._recall_gone()
         return self._step()
 
     def fence_overdue(self, sender: int) -> list[Effect]:
@@ -219,7 +227,7 @@ class ReceiverMachine:
         if t is None:
             return []
         peer = self.peers[t.route]
-        if t.live and (not peer.inc or peer.ack < self.hello.revision):
+        if t.live and (not peer.usable or peer.ack < self.hello.revision):
             self._send(t.route, self._hello(peer))
         if t.sender:
             if t.live and not t.announced:
@@ -267,7 +275,7 @@ class ReceiverMachine:
 
     def _on_hello(self, route: str, hello: m.Hello) -> None:
         peer = self.peers.get(route)
-        if peer is None or hello.dst != self.inc or hello.src < peer.inc:
+        if peer is None or hello.dst != self.inc or hello.src < peer.inc or hello.src <= peer.floor:
             self.ignored["stale hello"] += 1
             return
         problem = self._incompatible(route, hello)
@@ -526,10 +534,15 @@ class ReceiverMachine:
         """Whatever is out may still be written to: quarantine, and ask for the fence (GR-2)."""
         if t.out:
             for index, block in t.out.items():
-                self.pool.quarantine(block, Tenant(t.xfer, t.sender, t.epoch, index))
+                self._quarantine(block, Tenant(t.xfer, t.sender, t.epoch, index))
                 self._take_back(t, index)
             t.out.clear()
             self._to_sender(t, m.Revoke, upto=t.epoch)
+
+    def _quarantine(self, block: int, tenant: Tenant) -> None:
+        self.pool.quarantine(block, tenant)
+        if tenant.sender in self.gone:
+            self.pool.gone(tenant.sender)
 
     def _take_back(self, t: Transfer, index: int) -> None:
         t.taken.discard(index)
@@ -575,6 +588,7 @@ class ReceiverMachine:
                 t.closed = True
                 self._refund(t)
                 self._maybe_forget(t)
+        self._recall_gone()
 
     def _give_up(self, t: Transfer, error: e.FerryError) -> None:
         """This rank cannot go on. Alone, or as the leader, that ends the room; a follower votes no and waits (TP-4)."""
@@ -634,6 +648,13 @@ class ReceiverMachine:
         if t.live or not t.closed or t.gathering or self.pool.quarantine_of([t.xfer]):
             return
         self.transfers.pop(t.xfer, None)
+        self._recall_gone()
+
+    def _recall_gone(self) -> None:
+        """Proofs are kept as long as they may be of use."""
+        if self.gone:
+            held = {tenant.sender for t in self.transfers.values() for _, tenant, _ in t.gathering.values()}
+            self.gone &= held | {t.sender for t in self.transfers.values()}
 
     def _leave_lines(self, t: Transfer) -> None:
         self.line.pop(t.xfer, None)
@@ -798,18 +819,18 @@ class ReceiverMachine:
                 for t in self.transfers.values()
             ),
             tuple(
-                (route, p.inc, p.ack, p.revision, p.usable, tuple(sorted(p.buried.items())))
+                (route, p.inc, p.ack, p.revision, p.usable, tuple(sorted(p.buried.items())), p.floor)
                 for route, p in sorted(self.peers.items())
             ),
             self.next_xfer, tuple(self.queue), tuple(self.line), tuple(self.unlent), tuple(self.generations),
-            self.hello.revision, self.leader_inc, tuple(sorted(self.replacing)), self.decisions.snapshot(),
-            self.pool.snapshot(),
+            (self.hello.revision, self.hello.regions), self.leader_inc, tuple(sorted(self.replacing)),
+            tuple(sorted(self.gone)), self.decisions.snapshot(), self.pool.snapshot(),
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
         (
-            transfers, peers, self.next_xfer, queue, line, unlent, generations, revision, self.leader_inc, replacing,
-            decisions, pool,
+            transfers, peers, self.next_xfer, queue, line, unlent, generations, hello, self.leader_inc, replacing,
+            gone, decisions, pool,
         ) = snapshot  # fmt: skip
         self.transfers, self.rooms, self.budget_used = {}, {}, 0
         for row in transfers:
@@ -826,11 +847,12 @@ class ReceiverMachine:
             if self.group.leads:
                 self.budget_used += t.charge
         self.peers = {
-            route: Peer(inc, ack, revision, usable, dict(buried)) for route, inc, ack, revision, usable, buried in peers
+            route: Peer(inc, ack, revision, usable, dict(buried), floor)
+            for route, inc, ack, revision, usable, buried, floor in peers
         }
         self.queue, self.line, self.unlent = list(queue), dict.fromkeys(line), dict.fromkeys(unlent)
-        self.generations, self.replacing = list(generations), set(replacing)
-        self.hello = replace(self.hello, revision=revision)
+        self.generations, self.replacing, self.gone = list(generations), set(replacing), set(gone)
+        self.hello = replace(self.hello, revision=hello[0], regions=hello[1])
         self.decisions.restore(decisions)
         self.pool.restore(pool)
         self._effects = []
