@@ -129,3 +129,4 @@ class Peer:
     revision: int = -1  # of its Hello
     usable: bool = False
     buried: dict[int, int] = field(default_factory=dict)  # incarnation -> blocks it may still write to, replaced
+    floor: int = 0  # incarnations up to this one are gone or superseded: a late Hello of theirs is ignored
