@@ -91,11 +91,15 @@ class BlockPool:
     # ---- FREE -> GRANTED -> FREE -------------------------------------------------------------------------------
 
     def grant(self, tenants: list[Tenant]) -> list[int]:
-        """One block for each tenant, in order. Raises InternalError, changing nothing, if there are fewer free."""
+        """One block for each tenant, in order. Raises InternalError, changing nothing, if there are fewer free or if
+        `choose` picked something else."""
         pieces = self._pieces()
         if sum(stop - start for start, stop in pieces) < len(tenants):
             raise InternalError(f"{len(tenants)} blocks asked of {self.grantable}")
         chosen = self.choose(pieces, len(tenants))
+        free = Ranges(pieces)
+        if len(chosen) != len(tenants) or len(set(chosen)) != len(chosen) or not all(block in free for block in chosen):
+            raise InternalError(f"chose blocks {chosen} for {len(tenants)} tenants out of {pieces}")
         for block, tenant in zip(chosen, tenants, strict=True):
             self._free.discard(block)
             self.granted[block] = tenant
