@@ -204,8 +204,8 @@ def test_a_forked_child_of_the_peer_keeps_neither_it_nor_its_name_alive(here: Sh
     try:
         there.signal(signal.SIGKILL)
         eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+        eventually(lambda: name not in sockets(), "the child lets go of the name")
         assert Path(f"/proc/{child}").exists()
-        assert name not in sockets()
     finally:
         os.kill(child, signal.SIGKILL)
 
