@@ -340,6 +340,12 @@ def test_the_budget_is_what_the_tensors_take(data: st.DataObject) -> None:
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
 
 
+def test_a_default_device_does_not_move_the_destination() -> None:
+    with torch.device("meta"):
+        rows = Destination(LAYOUT, 128, NAMES).rows(0, 128)
+    assert {tensor.device.type for tensor in rows.values()} == {"cpu"}
+
+
 def test_a_destination_that_no_memory_can_hold_is_a_typed_error() -> None:
     with pytest.raises(TooLarge, match="no memory for the"):
         Destination(LAYOUT, 1 << 50, NAMES)
@@ -391,7 +397,7 @@ def region(nbytes: int = 4096) -> Region:
 def test_a_grave_is_kept_until_all_who_might_write_are_proved_quiet() -> None:
     graveyard = Graveyard()
     buried = region()
-    memory = weakref.ref(buried.memory.owner)  # type: ignore[type-var]
+    memory = weakref.ref(buried.memory.owner)
     graveyard.bury(buried, ["a", "b"])
     graveyard.bury(region(8192), ["b"])
     del buried

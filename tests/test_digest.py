@@ -136,6 +136,18 @@ def test_full_sees_a_single_wrong_bit(nbytes: int, data: st.DataObject) -> None:
     assert of(("x", rows)) != right
 
 
+@pytest.mark.parametrize(
+    "nbytes", [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 1]
+)
+def test_full_sees_the_bytes_at_every_seam(nbytes: int) -> None:
+    rows = noise(nbytes)
+    right = of(("x", rows))
+    for place in {0, nbytes - 1, *(k for k in (CHUNK_BYTES - 1, CHUNK_BYTES) if k < nbytes)}:
+        rows[place] ^= 1
+        assert of(("x", rows)) != right
+        rows[place] ^= 1
+
+
 @pytest.mark.parametrize("mode", ["full", "sampled"])
 @given(nbytes=st.one_of(st.integers(2, 300), large_sizes()), data=st.data())
 def test_truncated_rows_are_seen(mode: str, nbytes: int, data: st.DataObject) -> None:

@@ -108,12 +108,13 @@ def test_a_tensor_that_is_not_contiguous_is_copied_once_and_any_gradient_is_left
     assert first is again
 
 
-def test_a_lazily_negated_tensor_is_sent_with_its_sign() -> None:
-    negated = torch.randn(5, 8, dtype=torch.complex64).conj().imag
+@pytest.mark.parametrize("shape", [(5, 8), (1, 1)])
+def test_a_lazily_negated_tensor_is_sent_with_its_sign(shape: tuple[int, int]) -> None:
+    negated = torch.randn(*shape, dtype=torch.complex64).conj().imag
     assert negated.is_neg()
-    source = Source(LAYOUT, 5, ["input_embeds"])
+    source = Source(embedding_layout(shape[1], torch.float32), shape[0], ["input_embeds"])
     source.put(0, input_embeds=negated)
-    assert bytes_of(source, "input_embeds", 0, 5) == raw(negated.resolve_neg())
+    assert bytes_of(source, "input_embeds", 0, shape[0]) == raw(negated.resolve_neg())
 
 
 def test_an_expanded_row_is_sent_as_often_as_it_says() -> None:
