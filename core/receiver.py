@@ -227,7 +227,7 @@ class ReceiverMachine:
         if t is None:
             return []
         peer = self.peers[t.route]
-        if t.live and (not peer.usable or peer.ack < self.hello.revision):
+        if not t.closed and (not peer.usable or peer.ack < self.hello.revision):  # before it, nothing else is heard
             self._send(t.route, self._hello(peer))
         if t.sender:
             if t.live and not t.announced:
@@ -268,7 +268,7 @@ class ReceiverMachine:
             case m.Pong():
                 self._on_leader(route, message.src)
             case m.OfTransfer() if message.dst == self.inc:
-                self._on_transfer_message(message)
+                self._on_transfer_message(route, message)
             case _:
                 self.ignored["foreign"] += 1
         return self._step()
@@ -304,7 +304,7 @@ class ReceiverMachine:
             )
         return None
 
-    def _on_transfer_message(self, message: m.OfTransfer) -> None:
+    def _on_transfer_message(self, route: str, message: m.OfTransfer) -> None:
         t = self.transfers.get(message.xfer)
         if isinstance(message, m.Fenced):  # whoever says it, it is about its own writes only (WS-5)
             self.pool.fenced(message.xfer, message.src, message.upto)
@@ -313,6 +313,11 @@ class ReceiverMachine:
             return
         if t is None or t.sender != message.src:
             self.ignored["unknown transfer"] += 1  # over, or another incarnation: creates no state (ID-3)
+            if t is None and not isinstance(message, m.Closed | m.Refused):  # forgotten while the sender was silent
+                self._send(route, m.Close(
+                    src=self.inc, dst=message.src, min_live=self.min_live, xfer=message.xfer, code=e.PeerLost.code,
+                    cause="the receiver has given this transfer up",
+                ))  # fmt: skip
             return
         match message:
             case m.Announce() if t.live:

@@ -56,7 +56,7 @@ def _at_receiver(r: ReceiverMachine, route: str, msg: m.Message, setup: Setup) -
         return Late.NO
     t = r.transfers.get(msg.xfer)
     if t is None:
-        return _if(msg.xfer < r.next_xfer)
+        return Late.YES if isinstance(msg, (m.Closed, m.Refused, m.Fenced)) else Late.REPLY
     peer = r.peers[t.route]
     if isinstance(msg, m.Fenced):
         mine = [q for q in r.pool.quarantined.values() if (q.xfer, q.sender) == (msg.xfer, msg.src)]
