@@ -89,7 +89,9 @@ class Report(View):
             "rounds": first["rounds"],
             "sent_tokens": first["sent_tokens"],
             "pool_blocks": plan.settings["pool_blocks"],
-            "free_blocks_after": self._free,
+            "free_blocks_after": dict(
+                sorted(self._free.items(), key=lambda side: (side[0] != "sender", len(side[0]), side[0]))
+            ),
             "ranks": plan.ranks,
             "rooms": plan.rooms,
             "per_room": every,

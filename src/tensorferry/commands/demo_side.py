@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.commands.demo_plan import Plan
@@ -19,6 +19,8 @@ from tensorferry.core.errors import FerryError, InternalError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.002
 """A language side's event loop looks at its transfers this often, as a scheduler does between two steps."""
@@ -69,11 +71,11 @@ def embedding_side(plan: Plan, line: Line, stack: ExitStack) -> None:
         for k, room in enumerate(rooms)
     ]
     line.tell("ready", address=sender.address, digests=digests)
-    while not all(transfer.done for transfer in transfers):
-        line.check()
-        time.sleep(TICK_SECONDS)
     for transfer in transfers:
-        transfer.wait(timeout=0)
+        while not transfer.done:
+            line.check()
+            _tick(transfer)
+        transfer.wait()
     line.tell("done", free_blocks=_settled(sender, plan.settings["pool_blocks"], line))
     _until_let_go(line)
 
@@ -99,14 +101,16 @@ def language_side(plan: Plan, rank: int, line: Line, stack: ExitStack) -> None:
         for k, transfer in list(transfers.items()):
             complete = transfer.done  # asked before the rounds are read, so that none of a complete one is missed
             # Windowed grants may end out of order, so that a new one need not be the last of the tuple.
-            for round_ in (Counter(transfer.rounds) - told[k]).elements():
+            fresh = list((Counter(transfer.rounds) - told[k]).elements())
+            for round_, sent in zip(fresh, transfer.history[told[k].total() :], strict=False):
                 told[k][round_] += 1
-                line.tell("round", room=k, rank=rank, sent_tokens=transfer.sent_tokens, **_round(round_))
+                line.tell("round", room=k, rank=rank, sent_tokens=sent, **_round(round_))
             if complete:
                 ended = time.monotonic()
                 line.tell("room", room=k, rank=rank, **_arrived(transfer))
                 del transfers[k]
-        time.sleep(TICK_SECONDS)
+        if transfers:
+            _tick(next(iter(transfers.values())))
     free = _settled(receiver, receiver.pool_blocks, line)
     line.tell("done", free_blocks=free, started=started, ended=ended)
     _until_let_go(line)
@@ -123,9 +127,15 @@ def _arrived(transfer: Any) -> dict[str, Any]:
             "input_embeds": digest(result.input_embeds),
             "fill_ids": digest(result.fill_ids),
             "mrope_positions": digest(result.mrope_positions),
-            "aux": result.aux[:2].tolist(),
+            "aux": [int(word) for word in result.aux[:2]],
         },
     }
+
+
+def _tick(transfer: Any) -> None:
+    """Let one tick pass, or less where the transfer ends; how it ended is asked elsewhere."""
+    with suppress(FerryError):
+        transfer.wait(timeout=TICK_SECONDS)
 
 
 def _round(done: Any) -> dict[str, int]:
@@ -151,6 +161,8 @@ def main() -> int:
     try:
         order = line.order()
         plan = Plan(**order["plan"])
+        if order["debug"]:
+            logging.basicConfig(level=logging.DEBUG, format=f"{order['side']} side: %(name)s %(levelname)s %(message)s")
         with ExitStack() as stack:
             try:
                 if order["side"] == "embedding":
@@ -158,12 +170,13 @@ def main() -> int:
                 else:
                     language_side(plan, order["rank"], line, stack)
             except FerryError as error:
+                log.debug("ended by an error", exc_info=True)
                 _say_why(line, error)
                 return 1
             except LifelineEnded:
                 raise
             except Exception as error:
-                logging.getLogger(__name__).exception("a side of the demo failed")
+                log.exception("a side of the demo failed")
                 _say_why(line, InternalError(f"{type(error).__name__}: {error}"))
                 return 1
     except LifelineEnded:
