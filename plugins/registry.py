@@ -70,9 +70,7 @@ class Ranked:
 
 def available() -> list[Plugin]:
     """Every installed transport by name, and two of a name where two distributions claim it. Imports none."""
-    return sorted(
-        {_plugin(entry) for entry in _entry_points()}, key=lambda p: (p.name, p.distribution, p.target)
-    )
+    return sorted({_plugin(entry) for entry in _entry_points()}, key=lambda p: (p.name, p.distribution, p.target))
 
 
 def load(name: str) -> type[Transport]:
@@ -263,9 +261,7 @@ def _described(options: type[Options]) -> str:
     hints = typing.get_type_hints(options, include_extras=True)
     lines: list[str] = []
     for field in msgspec.structs.fields(options):
-        notes = [
-            note for note in getattr(hints[field.name], "__metadata__", ()) if isinstance(note, msgspec.Meta)
-        ]
+        notes = [note for note in getattr(hints[field.name], "__metadata__", ()) if isinstance(note, msgspec.Meta)]
         meaning = next((note.description for note in notes if note.description), "")
         lines.append(f"{field.encode_name} (default {field.default!r}{': ' + meaning if meaning else ''})")
     return "; ".join(lines) or "no options"
