@@ -144,11 +144,8 @@ def _plan(args: argparse.Namespace, settings: Settings) -> Plan:
 
 def _summary(found: dict[str, Any], out: Output) -> None:
     rounds = len(found["rounds"])
-    several = found["rooms"] * found["ranks"] > 1
-    out.line(
-        f"{found['total_tokens']} tokens in {rounds} {'round' if rounds == 1 else 'rounds'}"
-        + (f", {found['rooms']} rooms to {found['ranks']} ranks (room 0 on rank 0 is told)" if several else "")
-    )
+    where = " in room 0, on rank 0" if found["rooms"] * found["ranks"] > 1 else ""
+    out.line(f"{found['total_tokens']} tokens in {rounds} {'round' if rounds == 1 else 'rounds'}{where}")
     out.line(
         f"{_bytes(found['bytes'])} in {found['seconds']:.3f} s: {_bytes(found['goodput_bytes_per_s'])}/s"
         " between two processes, with the checks that the settings ask for"

@@ -20,6 +20,9 @@ from tensorferry.core.errors import FerryError, InternalError
 if TYPE_CHECKING:
     import torch
 
+    from tensorferry import Receiver, ReceiveTransfer, Round, Sender
+    from tensorferry.core.handles import Transfer
+
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.002
@@ -94,7 +97,7 @@ def language_side(plan: Plan, rank: int, line: Line, stack: ExitStack) -> None:
     address = line.order()["sender"]
     started = ended = time.monotonic()
     transfers = {k: receiver.receive(room=k, sender=address) for k in range(plan.rooms)}
-    told: dict[int, Counter[Any]] = {k: Counter() for k in transfers}
+    told: dict[int, Counter[Round]] = {k: Counter() for k in transfers}
     while transfers:
         line.check()
         receiver.poll()
@@ -116,11 +119,11 @@ def language_side(plan: Plan, rank: int, line: Line, stack: ExitStack) -> None:
     _until_let_go(line)
 
 
-def _arrived(transfer: Any) -> dict[str, Any]:
+def _arrived(transfer: ReceiveTransfer) -> dict[str, Any]:
     """What a finished transfer has brought. Raises the transfer's error. The rows are let go once they are hashed."""
     result = transfer.result()
     return {
-        "total_tokens": len(result.input_embeds),
+        "total_tokens": transfer.total_tokens or 0,
         "rounds": [_round(round_) for round_ in transfer.rounds],
         "sent_tokens": list(transfer.history),
         "digests": {
@@ -132,23 +135,23 @@ def _arrived(transfer: Any) -> dict[str, Any]:
     }
 
 
-def _tick(transfer: Any) -> None:
+def _tick(transfer: Transfer) -> None:
     """Let one tick pass, or less where the transfer ends; how it ended is asked elsewhere."""
     with suppress(FerryError):
         transfer.wait(timeout=TICK_SECONDS)
 
 
-def _round(done: Any) -> dict[str, int]:
-    return {"round": done.round, "start": done.start, "tokens": done.tokens, "blocks": done.blocks}
+def _round(done: Round) -> dict[str, int]:
+    return done._asdict()
 
 
-def _settled(endpoint: Any, pool_blocks: int, line: Line) -> int:
+def _settled(endpoint: Sender | Receiver, pool_blocks: int, line: Line) -> int:
     """The endpoint's free blocks once nothing is on its way home any more, or what is free after SETTLE_SECONDS."""
     last = time.monotonic() + SETTLE_SECONDS
     while endpoint.free_blocks < pool_blocks and time.monotonic() < last:
         line.check()
         time.sleep(TICK_SECONDS)
-    return int(endpoint.free_blocks)
+    return endpoint.free_blocks
 
 
 def _until_let_go(line: Line) -> None:
