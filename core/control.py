@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import threading
 from collections import Counter
 from contextlib import suppress
 
@@ -31,6 +33,16 @@ MOST_FRAMES_A_TURN = 256
 """Frames taken from one socket before others, timers and writes have their turn."""
 
 
+_TCP = re.compile(r"tcp://.+:([0-9]+)")
+
+
+def _check_port(address: str, lowest: int) -> None:
+    """ZMQ takes any number for a port and uses its last 16 bits: tcp://127.0.0.1:99999 would mean port 34463."""
+    port = _TCP.fullmatch(address)
+    if port is not None and not lowest <= int(port[1]) <= 65535:
+        raise ConfigError(f"{address!r}: ports are {lowest} to 65535")
+
+
 class Control:
     """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to.
 
@@ -45,13 +57,19 @@ class Control:
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._router: zmq.Socket[bytes] | None = None
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self.address = ""
         if bind:
             try:
+                _check_port(bind, 0)
                 self._router = self._socket(zmq.ROUTER, bind)
                 self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+                self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
                 self._router.bind(bind)
+            except ConfigError:
+                self.close()
+                raise
             except zmq.ZMQError as problem:
                 self.close()
                 raise ConfigError(
@@ -75,6 +93,7 @@ class Control:
         """Open a route to `address`; nothing waits for it to answer. Raises ConfigError for what is no address."""
         if address in self._dealers:
             return
+        _check_port(address, 1)
         socket = self._socket(zmq.DEALER, address)
         socket.setsockopt(zmq.ROUTING_ID, self.identity)
         try:
@@ -89,7 +108,12 @@ class Control:
 
     def send(self, route: str, message: Message) -> None:
         """Queue a message. What cannot be queued is dropped and counted: it will be said again."""
-        frame = encode(message)
+        try:
+            frame = encode(message)
+        except ValueError:
+            self.dropped["unencodable"] += 1
+            log.exception("a message that cannot be encoded was dropped")
+            return
         try:
             dealer = self._dealers.get(route)
             if dealer is not None:
@@ -98,8 +122,10 @@ class Control:
                 self._router.send_multipart([bytes.fromhex(route), frame], zmq.NOBLOCK)
             else:
                 self.dropped["no route"] += 1
-        except (zmq.Again, ValueError):
-            self.dropped["no route" if route not in self._dealers else "queue full"] += 1
+        except ValueError:
+            self.dropped["no route"] += 1
+        except zmq.Again:
+            self.dropped["queue full"] += 1
         except zmq.ZMQError as problem:
             self.dropped["unroutable"] += 1
             log.debug("message to %s dropped: %s", route, problem)
@@ -139,15 +165,17 @@ class Control:
 
     def wake(self) -> None:
         """Make `receive` return. The one method that any thread may call."""
-        with suppress(OSError):  # closed meanwhile: nobody is left to be woken
-            os.eventfd_write(self._wake_fd, 1)
+        with self._wake_lock:  # never a number that was closed meanwhile and is somebody else's file now
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         """Let queued frames leave for FLUSH_MS at most. Idempotent."""
-        if self._wake_fd < 0:
-            return
-        fd, self._wake_fd = self._wake_fd, -1
-        os.close(fd)
+        with self._wake_lock:
+            if self._wake_fd < 0:
+                return
+            os.close(self._wake_fd)
+            self._wake_fd = -1
         for socket in [*self._dealers.values(), *([self._router] if self._router is not None else [])]:
             socket.close(FLUSH_MS)
         self._dealers.clear()

@@ -77,7 +77,7 @@ class Watches:
 
 def bump_pause(bumps: int) -> float:
     """Seconds to pause after the `bumps`-th bump of a transfer."""
-    return min(BUMP_PAUSE_MOST, BUMP_PAUSE_FIRST * 2.0 ** max(0, bumps - 1))
+    return min(BUMP_PAUSE_MOST, BUMP_PAUSE_FIRST * 2.0 ** min(max(0, bumps - 1), 64))
 
 
 def new_incarnation(clock_ns: int, noise: int) -> int:
