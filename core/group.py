@@ -77,7 +77,7 @@ class Decisions:
         """(the leader's xfer that the query is about, the verdict if there is one)."""
         asker = (query.src, query.xfer)
         for xfer, use in self.uses.items():
-            if use.room != query.room:
+            if use.room != query.room and not query.heard:  # who has forgotten the transfer has forgotten its room
                 continue
             bound = use.bound.get(query.rank)
             if bound is not None and bound[1:] != asker:
@@ -92,6 +92,16 @@ class Decisions:
                 return xfer, None
             return xfer, self._verdict(use, *asker) if use.verdict is not None else None
         return None, None
+
+    def unheard(self, xfer: int) -> list[tuple[str, Verdict]]:
+        """The verdict of a use again, for those who have asked and not said that they have heard."""
+        use = self.uses.get(xfer)
+        if use is None or use.verdict is None:
+            return []
+        return [
+            (route, self._verdict(use, inc, asked))
+            for rank, (route, inc, asked) in use.bound.items() if rank not in use.heard
+        ]  # fmt: skip
 
     def _verdict(self, use: Use, inc: int, xfer: int) -> Verdict:
         assert use.verdict is not None

@@ -222,17 +222,19 @@ class ReceiverMachine:
     # ============================================================ repetition: no message is essential (MSG-2)
 
     def resend(self, xfer: int) -> list[Effect]:
-        """Say again all that is true of a transfer and may have been lost."""
+        """Say again all that is true of a transfer, or of a decision about one, and may have been lost."""
+        for route, verdict in self.decisions.unheard(xfer):
+            self._send(route, verdict)
         t = self.transfers.get(xfer)
         if t is None:
-            return []
+            return self._take_effects()
         peer = self.peers[t.route]
         if not t.closed and (not peer.usable or peer.ack < self.hello.revision):  # before it, nothing else is heard
             self._send(t.route, self._hello(peer))
         if t.sender:
             if t.live and not t.announced:
                 self._send_open(t)
-            if t.phase is Phase.ACTIVE and self._admits(t):
+            if t.phase in (Phase.ACTIVE, Phase.VOTED) and self._admits(t):
                 self._to_sender(t, m.Admitted)
             if t.out:
                 self._send_grant(t, sorted(t.out.items()))
@@ -714,6 +716,8 @@ class ReceiverMachine:
         if old > 0:
             for t in [t for t in self.transfers.values() if t.live]:
                 self._end(t, e.PeerLost("the group's leader restarted", room=t.room, peer=route))
+        for t in [t for t in self.transfers.values() if t.phase is Phase.VOTED]:
+            self._send_vote(t)
 
     def _query(self, t: Transfer) -> None:
         if self.group.leads or not self.group.leader:
@@ -770,7 +774,10 @@ class ReceiverMachine:
             )  # fmt: skip
 
     def _send_vote(self, t: Transfer) -> None:
-        if t.sender:
+        """A yes is about what this incarnation of the sender has announced, for rows of another content are no rows;
+        and it is a promise to a leader that is known, so that its end can be noticed."""
+        binding = t.announced and (self.leader_inc or self.group.leads or not self.group.leader)
+        if t.sender and (binding or t.error is not None):
             code, cause = _wire_error(t.error)
             self._to_sender(t, m.Complete, ok=t.error is None, code=code, cause=cause)
 

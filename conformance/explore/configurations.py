@@ -86,5 +86,6 @@ RANKS = [
     Setup("R6", "two ranks, a receiver crashes", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cr=1)),
     Setup("R7", "three ranks, one without data", blocks=1, pool=1, ranks=3, budget=1, dummies=(2,)),
     Setup("R8", "two ranks, a dummy leads, cancel", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,), faults=Faults(ca=1)),
+    Setup("R10", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
     Setup("R9", "two ranks, two rooms, cancel", rooms=2, blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1)),
 ]  # fmt: skip

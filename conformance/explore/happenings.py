@@ -170,11 +170,14 @@ def patience(world: SearchWorld, state: State) -> list[Edge]:
         if offer.end == "w" and over:
             found.append(_edge(world, state, ("deadline of offer", room), lambda s, o=offer, room=room: s.run(
                 s.process_of(room), ("cancel", o.serial))))  # fmt: skip
-        if offer.end not in ("", "w"):
-            for rank, want in enumerate(wants):
-                if want.end == "w":
-                    found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
-                        r, ("fail", w.xfer))))  # fmt: skip
+        failed = any(want.end not in ("", "w", "ok") for want in wants)
+        for rank, want in enumerate(wants):
+            if want.end == "w" and (offer.end not in ("", "w") or failed or state[9][CR] < setup.faults.cr):
+                found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
+                    r, ("fail", w.xfer))))  # fmt: skip
+                if rank and state[9][CR] < setup.faults.cr:
+                    found.append(_edge(world, state, ("framework drops", rank, room), lambda s, r=rank, w=want: s.run(
+                        r, ("resolve", w.xfer, False))))  # fmt: skip
     if not found:
         for k in range(setup.ranks, setup.ranks + setup.senders):
             for slot in world.view(state[0][k]).slots:
@@ -197,7 +200,7 @@ def faults(world: SearchWorld, state: State) -> list[Edge]:
 
     if budget[CS]:
         for k in range(setup.senders):
-            if any(o.end == "w" or not o.released for x, o in enumerate(state[5]) if setup.serves(x) == k and o.end):
+            if any(o.end and not o.released for x, o in enumerate(state[5]) if setup.serves(x) == k):
                 add(CS, ("sender crashes", k), lambda s, k=k: _sender_crash(s, ranks + k))
     if budget[CR]:
         for rank in range(ranks):
@@ -239,7 +242,7 @@ def _receiver_faults(
         for room in range(setup.rooms):
             want = state[4][rank * setup.rooms + room]
             if want.end == "w":
-                add(CA, ("receiver cancels", rank, room), lambda s, w=want: s.run(rank, ("cancel", w.xfer)))
+                add(CA, ("receiver cancels", rank, room), lambda s, room=room: _cancel(s, rank, room))
     if budget[BU]:
         for xfer in view.granting:
             add(BU, ("suspicion", rank, xfer), lambda s, xfer=xfer: s.run(rank, ("suspect", xfer)))
@@ -249,6 +252,14 @@ def _receiver_faults(
     if budget[PS]:
         for k in range(setup.senders):
             add(PS, ("sender believed lost", rank, k), lambda s, k=k: s.run(rank, ("silent", f"s{k}")))
+
+
+def _cancel(step: Step, rank: int, room: int) -> None:
+    want = step.wants[rank * step.setup.rooms + room]
+    step.quitting = rank > 0 and want.xfer in step.world.view(step.procs[rank]).promised
+    step.run(rank, ("cancel", want.xfer))
+    if step.wants[rank * step.setup.rooms + room].end == "w":
+        raise Violation("CN-1 a cancel is not seen by its caller at once")
 
 
 def _failed(step: Step, f: Flight) -> None:

@@ -39,7 +39,7 @@ def judge(machine: Machine, mail: Mail, setup: Setup) -> Late:
 
 def _at_receiver(r: ReceiverMachine, route: str, msg: m.Message, setup: Setup) -> Late:
     if isinstance(msg, m.Query):
-        return Late.NO
+        return Late.NO if setup.faults.re else _query(r, msg)
     if msg.dst < r.inc:
         return Late.YES
     if isinstance(msg, m.Hello):
@@ -51,7 +51,8 @@ def _at_receiver(r: ReceiverMachine, route: str, msg: m.Message, setup: Setup) -
     if isinstance(msg, m.Pong):
         return _if(r.group.leads or msg.src <= r.leader_inc)
     if isinstance(msg, m.Verdict):
-        return Late.NO
+        t = r.transfers.get(msg.xfer)
+        return Late.NO if msg.src > r.leader_inc or (t is not None and t.live) else Late.REPLY
     if not isinstance(msg, m.OfTransfer):
         return Late.NO
     t = r.transfers.get(msg.xfer)
@@ -87,6 +88,18 @@ def _at_receiver(r: ReceiverMachine, route: str, msg: m.Message, setup: Setup) -
         case m.Refused():
             return _if(t.announced)
     return Late.NO
+
+
+def _query(r: ReceiverMachine, msg: m.Query) -> Late:
+    """Judged where each room is used once: elsewhere a question may be taken for one about the next use."""
+    asker = (msg.src, msg.xfer)
+    for xfer, use in r.decisions.uses.items():
+        bound = use.bound.get(msg.rank)
+        if (bound is None and use.room == msg.room) or (bound is not None and bound[1:] == asker):
+            t = r.transfers.get(xfer)
+            settled = bound is not None and (msg.rank in use.heard if msg.heard else True)
+            return Late.NO if not settled or (msg.code and t is not None and t.live) else Late.REPLY
+    return Late.YES if msg.heard else Late.REPLY
 
 
 # ---- at the sender ----------------------------------------------------------------------------------------------

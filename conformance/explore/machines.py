@@ -160,6 +160,8 @@ class Workshop:
                 return 0, r.cancel(args[0], Cancelled("explored"))
             case "fail":
                 return 0, r.fail(args[0], DeadlineExceeded("explored"))
+            case "resolve":
+                return 0, r.resolve(args[0], args[1])
             case "suspect":
                 return 0, r.suspect(args[0], PeerLost("explored"))
             case "gathered":

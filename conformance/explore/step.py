@@ -103,6 +103,7 @@ class Step:
         self.gathers: Any = gathers
         self.net: int = net
         self.budget: Any = budget
+        self.quitting = False  # the caller of a rank that has promised its rows leaves
 
     def frozen(self, net: int) -> State:
         return (
@@ -273,10 +274,10 @@ class Step:
         room = next((k for k in range(setup.rooms) if self.wants[process * setup.rooms + k].xfer == key), None)
         if room is None or self.wants[process * setup.rooms + room].end != "w":
             raise Violation(f"CN-2 the receiving application is told an end twice, or of nothing: xfer {key} {how}")
-        self.set_want(process, room, Want(how, key))
+        self.set_want(process, room, Want("quit" if self.quitting else how, key))
         if how == "ok":
             self.delivered(process, key)
-        self.agreement(room)
+        self.agreement(process, room)
         if setup.ranks == 1:
             self.rows = tuple(row for row in self.rows if row[0] != (process, key))
 
@@ -290,7 +291,7 @@ class Step:
         if len(set(rows)) > 1:
             raise Violation(f"I3 delivered rows mix two contents: {rows}")
 
-    def agreement(self, room: int) -> None:
+    def agreement(self, process: int, room: int) -> None:
         """TP-2: where one rank runs, every rank has all rows, and none has dropped them."""
         setup = self.setup
         if setup.ranks == 1 or self.budget[1] < setup.faults.cr or setup.faults.re:
@@ -299,7 +300,10 @@ class Step:
         if not any(want.end == "ok" for want in wants):
             return
         for rank, want in enumerate(wants):
-            if want.end not in ("w", "ok"):
+            if want.end == "quit":
+                if process:
+                    continue  # its caller has left; it had promised its rows, and kept them until the leader ran
+            elif want.end not in ("w", "ok"):
                 raise Violation(f"TP-2 rank {rank} has dropped room {room} ({want.end}), and another runs it")
             if rank not in setup.dummies:
                 rows = next((row[2] for row in self.rows if row[0] == (rank, want.xfer)), (0,))

@@ -18,14 +18,16 @@ class View:
 
     wrong: str = ""
     left: str = ""
+    undecided: str = ""  # verdicts that a follower has not heard, so far as the leader knows
     granted: dict[int, Tenant] = field(default_factory=dict)
     quarantined: dict[int, Tenant] = field(default_factory=dict)
     generations: list[int] = field(default_factory=list)
     per_slab: int = 1
     live: tuple[tuple[int, int], ...] = ()  # (xfer, room) of live transfers
     granting: tuple[int, ...] = ()  # xfers with blocks out
-    transfers: tuple[tuple[int, str, int], ...] = ()  # (xfer, route, sender) to resend
+    repeating: tuple[int, ...] = ()  # what a receiver's timers speak about
     fencing: tuple[int, ...] = ()  # incarnations with blocks in quarantine
+    promised: tuple[int, ...] = ()  # xfers of a follower that has voted yes
     slots: tuple[int, ...] = ()
     writes: dict[tuple[int, int, int, int], frozenset[int]] = field(default_factory=dict)
     receivers: tuple[int, ...] = ()
@@ -41,16 +43,18 @@ def _receiver(r: ReceiverMachine, window: int | str) -> View:
         per_slab=r.pool.blocks_per_slab,
         live=tuple((t.xfer, t.room) for t in r.transfers.values() if t.live),
         granting=tuple(t.xfer for t in r.transfers.values() if t.out and t.live),
-        transfers=tuple((t.xfer, t.route, t.sender) for t in r.transfers.values()),
+        repeating=tuple(sorted(r.transfers.keys() | r.decisions.uses.keys())),
+        promised=tuple(t.xfer for t in r.transfers.values() if t.phase is Phase.VOTED and t.error is None),
         fencing=tuple(sorted({q.sender for q in r.pool.quarantined.values()})),
     )  # fmt: skip
     view.wrong = _wrong(r, window)
     tables = {
         "transfers": r.transfers, "rooms": r.rooms, "queue": r.queue, "line": r.line, "unlent": r.unlent,
         "granted": r.pool.granted, "quarantined": r.pool.quarantined, "retiring": r.pool.retiring,
-        "replacing": r.replacing, "budget": r.budget_used, "decisions": r.decisions.uses,
+        "replacing": r.replacing, "budget": r.budget_used,
     }  # fmt: skip
     view.left = ", ".join(f"{name}={list(kept) if isinstance(kept, dict) else kept}" for name, kept in tables.items() if kept)
+    view.undecided = f"verdicts={list(r.decisions.uses)}" if r.decisions.uses else ""
     return view
 
 

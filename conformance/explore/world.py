@@ -153,11 +153,10 @@ class SearchWorld:
             bits = self.said.get(number)
             if bits is None:
                 view, bits = self.view(number), 0
-                events = [("resend", xfer) for xfer, _, _ in view.transfers] + [("resend", slot) for slot in view.slots]
-                for event in events:
-                    ran = self.shop.run(number, event)
+                for key in view.repeating or view.slots:
+                    ran = self.shop.run(number, ("resend", key))
                     if ran.after != number or ran.error is not None:
-                        raise Violation(f"MSG-3 repeating changes a machine: {event} {ran.error}")
+                        raise Violation(f"MSG-3 repeating changes a machine: {key} {ran.error}")
                     for todo in ran.todo:
                         bits |= 1 << todo[1]
                 self.said[number] = bits
@@ -220,6 +219,8 @@ class SearchWorld:
     def clean(self, state: State) -> str | None:
         p = Parts(*state)
         left = [f"{self.shop.build.name(k)}: {self.view(n).left}" for k, n in enumerate(p.procs) if self.view(n).left]
+        if not self.setup.faults.cr:  # a rank that has crashed will never say that it has heard: a bounded memory
+            left += [self.view(n).undecided for n in p.procs if self.view(n).undecided]
         left += [f"rank {k // self.setup.rooms} still waits for room {k % self.setup.rooms}"
                  for k, want in enumerate(p.wants) if want.end == "w"]  # fmt: skip
         left += [f"room {k} is still offered" for k, o in enumerate(p.offers) if o.end in ("", "w")]
