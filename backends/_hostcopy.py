@@ -255,4 +255,4 @@ class HostCopyTransport(Transport):
 
     def _check_peer(self, peer: Any) -> None:
         if not isinstance(peer, HostPeer) or peer.home is not self._home:
-            raise BadCall(f"{peer!r} is not a peer of this transport", transport=self.name)
+            raise BadCall(f"a {type(peer).__name__} is not a peer of this transport", transport=self.name)

@@ -54,7 +54,7 @@ def watch_claimed(pid: int, started: int) -> ProcessWatch | None:
     The peer itself said so. What a lie could gain it is that we believe it dead: it could then write to
     its own grants, which only a process of our own user can do at all.
     """
-    if pid <= 0 or pid > 1 << 30:
+    if not 0 < pid < 1 << 30 or started <= 0:  # also where the peer could not read its own start time
         return None
     try:
         pidfd = os.pidfd_open(pid)

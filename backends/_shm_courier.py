@@ -8,6 +8,7 @@ on, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import math
@@ -94,15 +95,14 @@ class Courier:
         self._guests: set[_Guest] = set()
         self._filling: deque[tuple[Mapping, int]] = deque()
         self._accept_at = math.inf
-        self._listener = wire.new_socket()
-        try:
+        with contextlib.ExitStack() as undo:
+            self._listener = undo.enter_context(wire.new_socket())
             self._listener.bind(b"\0" + self.name)
             self._listener.listen(BACKLOG)
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        except OSError:
-            self._listener.close()
-            raise
-        self._selector = selectors.DefaultSelector()
+            undo.callback(os.close, self._bell)
+            self._selector = selectors.DefaultSelector()
+            undo.pop_all()
         self._selector.register(self._bell, selectors.EVENT_READ, (self._answer_bell, _log_only))
         self._selector.register(self._listener, selectors.EVENT_READ, (self._accept, _log_only))
         self._thread = threading.Thread(target=self._run, name="tensorferry-shm-courier", daemon=True)
@@ -113,11 +113,17 @@ class Courier:
 
     def call(self, command: Callable[[], None]) -> None:
         """Run `command` on the courier's thread. Raises TransportError once that thread has ended."""
+        if not self.suggest(command):
+            raise TransportError("the shm transport's courier has ended", transport="shm")
+
+    def suggest(self, command: Callable[[], None]) -> bool:
+        """Run `command` on the courier's thread. False: that thread has ended, and will not."""
         with self._lock:
             if self._ended:
-                raise TransportError("the shm transport's courier has ended", transport="shm")
+                return False
             self._commands.put(command)
             os.eventfd_write(self._bell, 1)
+            return True
 
     @property
     def ended(self) -> bool:
@@ -141,7 +147,7 @@ class Courier:
             link.end("the peer was disconnected")
             link.watch = None  # its file goes now, and not when the garbage collector comes
 
-        self.call(remove)
+        self.suggest(remove)
 
     def stop(self) -> None:
         """Ask the thread to end."""
@@ -169,7 +175,8 @@ class Courier:
         self._selector.register(connection, selectors.EVENT_READ, (read, end))
 
     def forget(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
+        with contextlib.suppress(KeyError):  # it was never registered: epoll had no room
+            self._selector.unregister(connection)
         connection.close()
 
     def fill(self, mapping: Mapping) -> None:

@@ -63,6 +63,7 @@ class Link:
         self._asked: set[wire.Key] = set()
         self._refused: set[wire.Key] = set()
         self._give_up_at: float | None = None
+        self._try_again_at = math.inf
         self._retry_at = 0.0
         self._pause_s = FIRST_RETRY_S
 
@@ -95,23 +96,26 @@ class Link:
     def kick(self) -> None:
         """There is something to do: try for `patience_s` seconds."""
         now = time.monotonic()
-        if self._give_up_at is None:  # else posts to a peer that hangs would put off their own end
+        if self._give_up_at is None and not self._dead:  # else posts to a peer that hangs put off their own end
             self._give_up_at = now + self._patience_s
+            self._try_again_at = math.inf
             self._retry_at = now
             self._pause_s = FIRST_RETRY_S
         self.step(now)
 
     def next_time(self) -> float:
         if self._give_up_at is None:
-            return math.inf
+            return self._try_again_at
         return self._give_up_at if self._connection is not None else min(self._give_up_at, self._retry_at)
 
     def step(self, now: float) -> None:
         """Settle what can be settled, then connect, ask, or give up."""
         if self._dead:
-            self._give_up_at = None
             return
         self.settle()
+        if now >= self._try_again_at:
+            self.kick()
+            return
         if self._give_up_at is None:
             return
         missing = [key for key in self._wanted if key not in self._mapped and key not in self._refused]
@@ -120,6 +124,8 @@ class Link:
         elif now >= self._give_up_at:
             self._hang_up()
             self._give_up_at = None
+            # Nobody may ever post to this peer again, and yet it has to be known when it closes.
+            self._try_again_at = now + self._patience_s
             self._fail_waiting(f"the peer did not hand over its memory within {self._patience_s:g} s")
         elif self._connection is None:
             if now >= self._retry_at:
@@ -134,6 +140,7 @@ class Link:
             self._dead = self._dead or cause
         self._hang_up()
         self._give_up_at = None
+        self._try_again_at = math.inf
         self._fail_waiting(cause)
         with self._lock:
             mapped, self._mapped = self._mapped, {}
@@ -250,23 +257,37 @@ class Link:
         return True
 
     def _resolve(self, batch: Batch, plan: Plan) -> bool:
-        """Under the lock: turn the plan into addresses. False: something is not mapped yet."""
+        """Under the lock: turn the plan into addresses. False: something is not mapped yet.
+
+        A mapping counts only at the size that the newest descriptor gave, against which the plan was checked: a
+        peer that gives a region another size gets no write past the old one's end.
+        """
         mappings = {key: self._mapped.get(key) for key in {step[0] for step in plan}}
-        addresses = {key: mapping.address for key, mapping in mappings.items() if mapping is not None}
+        addresses = {
+            key: mapping.address
+            for key, mapping in mappings.items()
+            if mapping is not None and mapping.nbytes == self._wanted.get(key)
+        }
         if len(addresses) < len(mappings):
             return False
         batch.segments = [(addresses[key] + offset, source, nbytes) for key, offset, source, nbytes in plan]
         batch.keep = [*batch.keep, *mappings.values()]
         return True
 
+    def _hopeless(self, key: wire.Key, offset: int, _source: int, nbytes: int) -> bool:
+        """Under the lock: the region went, is not given to us, or has shrunk since the copy was checked."""
+        return key in self._refused or offset + nbytes > self._wanted.get(key, 0)
+
     def settle(self) -> None:
         """Start the posts whose memory has come, fail those whose memory never will, unmap what was
         retired."""
         ready, failed, still = [], [], []
         with self._lock:
-            retired = [self._mapped.pop(key) for key in self._mapped.keys() - self._wanted.keys()]
+            changed = [key for key, mapping in self._mapped.items() if self._wanted.get(key) != mapping.nbytes]
+            retired = [self._mapped.pop(key) for key in changed]
+            self._refused &= self._wanted.keys()
             for batch, plan in self._waiting:
-                if batch.cancelled or any(k not in self._wanted or k in self._refused for k, *_ in plan):
+                if batch.cancelled or any(self._hopeless(*step) for step in plan):
                     failed.append(batch)
                 elif self._resolve(batch, plan):
                     ready.append(batch)
@@ -292,7 +313,7 @@ class Link:
         welcomed = self._welcomed
         self._hang_up()
         now = time.monotonic()
-        if welcomed and self._give_up_at is None:
+        if welcomed and self._give_up_at is None and not self._dead:
             self._give_up_at = now + self._patience_s
         self._retry_at = now + self._pause_s
         self.step(now)

@@ -8,6 +8,7 @@ lands any more.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -41,6 +42,8 @@ from tensorferry.core.transport import (
     Region,
     RemoteRegion,
 )
+
+log = logging.getLogger("tensorferry.backends.memory")
 
 DESCRIPTOR_VERSION = 1
 
@@ -94,11 +97,21 @@ class _Instance:
             self.regions.clear()
             while self._inside and (left := deadline - time.monotonic()) > 0:
                 self._condition.wait(left)
+            if self._inside:
+                log.error("memory: a peer's copy did not end within %g s; it may still land", timeout_s)
 
 
 _instances: weakref.WeakValueDictionary[bytes, _Instance] = weakref.WeakValueDictionary()
 _process: tuple[int, bytes] = (0, b"")
 _lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # who held the old one may not exist here
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _process_id() -> bytes:

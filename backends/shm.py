@@ -264,8 +264,7 @@ class ShmTransport(HostCopyTransport):
         if peer.connected:
             peer.connected = False
             self._peers.pop(peer.instance, None)
-            if not self._closed:
-                self._courier.remove(peer.link)
+            self._courier.remove(peer.link)
 
     def peer_state(self, peer: Any) -> PeerState:
         self._check_process()
@@ -296,9 +295,8 @@ class ShmTransport(HostCopyTransport):
 
     def cancel(self, handle: int) -> None:
         super().cancel(handle)
-        if not self._closed:  # a post that waits for its peer's memory ends at once
-            for peer in self._peers.values():
-                self._courier.call(peer.link.settle)
+        for peer in self._peers.values():  # a post that waits for its peer's memory ends at once
+            self._courier.suggest(peer.link.settle)
 
     def _close(self, drained: bool) -> None:
         self._courier.close(say_closed=drained)

@@ -87,7 +87,7 @@ class Peer:
             os._exit(0)
         os.close(writer)
         with open(reader, encoding="utf-8") as pipe:
-            answers = json.loads(pipe.read())
+            answers = dict(json.loads(pipe.read()))
         os.waitpid(child, 0)
         return answers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -170,6 +171,21 @@ def test_a_post_that_failed_for_want_of_an_answer_can_be_made_again(impatient: S
     assert ended(impatient, one_byte(impatient, peer, region)) is Status.FAILED
     there.signal(signal.SIGCONT)
     assert ended(impatient, one_byte(impatient, peer, region)) is Status.DONE
+
+
+def test_a_peer_that_was_stopped_for_long_is_still_heard_when_it_closes(
+    impatient: ShmTransport, process: Start
+) -> None:
+    """Nobody posts to it meanwhile: a receiver only watches its sender."""
+    there = process()
+    descriptor = there.describe()
+    there.stop()
+    peer = impatient.connect(descriptor)
+    eventually(lambda: peer.link._try_again_at < math.inf, "the writer gives up for now")
+    there.signal(signal.SIGCONT)
+    eventually(lambda: peer.link._welcomed)
+    there.ask("close")
+    eventually(lambda: impatient.peer_state(peer) is PeerState.GONE)
 
 
 def test_a_mapped_region_of_a_stopped_peer_is_written_to(here: ShmTransport, process: Start) -> None:

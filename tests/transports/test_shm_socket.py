@@ -293,6 +293,85 @@ def suppressed(call: Callable[[], None]) -> None:
         return
 
 
+def test_a_region_that_changes_its_size_is_never_written_beyond_it(
+    owner: ShmTransport, writer: ShmTransport, region: Region
+) -> None:
+    """The first mapping has 4096 bytes; a copy at 1 MiB past it would end the process."""
+    peer = writer.connect(owner.describe())
+    source = filled(writer, b"x" * 4096)
+    assert ended(writer, writer.post(peer, [Copy(source, 0, at(region), 0, 4096)])) is Status.DONE
+    told = told_by(owner)
+    grown = [(region.id, region.generation, 8 << 20)]
+    for revision in range(1, 20):
+        forged = msgspec.structs.replace(told, revision=told.revision + revision, regions=grown)
+        writer.connect(wire.encode(forged))
+        try:
+            handle = writer.post(peer, [Copy(source, 0, at(region), 1 << 20, 4096)])
+        except TransportError:
+            continue
+        assert ended(writer, handle) is Status.FAILED
+
+
+def test_a_region_that_shrinks_while_a_post_waits_for_it_fails_the_post(owner: ShmTransport, region: Region) -> None:
+    told = msgspec.structs.replace(told_by(owner), regions=[(region.id, region.generation, 8 << 20)])
+    writer = ShmTransport(ShmOptions())
+    with owner._courier._slabs_lock:  # the owner does not answer yet
+        peer = writer.connect(wire.encode(told))
+        handle = writer.post(peer, [Copy(filled(writer, b"x" * 4096), 0, at(region), 1 << 20, 4096)])
+        true = msgspec.structs.replace(told_by(owner), revision=told.revision + 1)
+        writer.connect(wire.encode(true))
+    assert ended(writer, handle) is Status.FAILED
+    writer.close()
+
+
+def test_many_regions_are_fetched_in_several_requests(owner: ShmTransport, writer: ShmTransport) -> None:
+    regions = [owner.register(owner.allocate(4096)) for _ in range(3 * wire.MAX_ASKED + 1)]
+    peer = writer.connect(owner.describe())
+    source = filled(writer, b"x" * len(regions))
+    copies = [Copy(source, index, at(one), index, 1) for index, one in enumerate(regions)]
+    assert ended(writer, writer.post(peer, copies)) is Status.DONE
+    assert [bytes(one.memory.view(index, 1)) for index, one in enumerate(regions)] == [b"x"] * len(regions)
+
+
+def test_regions_that_come_and_go_under_posts_stay_apart(owner: ShmTransport, writer: ShmTransport) -> None:
+    """Each region is written with its own number, before and after others were retired; none gets another's."""
+    live: list[Region] = []
+    posted: list[tuple[int, Region, int]] = []
+    peer = None
+    for number in range(1, 100):
+        live.append(owner.register(owner.allocate(4096)))
+        if len(live) > 3:
+            owner.retire(live.pop(0))
+        peer = writer.connect(owner.describe())
+        for one in live:
+            data = bytes([one.generation % 251]) * 4096
+            posted.append((writer.post(peer, [Copy(filled(writer, data), 0, at(one), 0, 4096)]), one, number))
+    last = {one.generation: (handle, one) for handle, one, _ in posted}
+    statuses = {writer.poll(handle) for handle, *_ in posted if ended(writer, handle)}
+    assert statuses <= {Status.DONE, Status.FAILED}
+    for generation, (handle, one) in last.items():
+        if writer.poll(handle) is Status.DONE:
+            assert bytes(one.memory.view()) == bytes([generation % 251]) * 4096
+    assert all(writer.poll(handle) is Status.DONE for handle, one, _ in posted if one in live)
+
+
+def test_close_in_the_middle_of_everything_leaves_nothing_pending(owner: ShmTransport, region: Region) -> None:
+    """Posts that wait for a mapping, mappings on their way, copies begun: whatever close meets, all ends drained."""
+    open_before = None
+    for turn in range(60):
+        writer = ShmTransport(ShmOptions())
+        peer = writer.connect(owner.describe())
+        source = filled(writer, b"x" * 4096)
+        handles = [writer.post(peer, [Copy(source, 0, at(region), 0, 4096)]) for _ in range(turn % 7)]
+        writer.close()
+        assert all(writer.drained(handle) for handle in handles)
+        if turn == 5:
+            eventually(lambda: not owner._courier._guests)
+            open_before = len(os.listdir("/proc/self/fd"))
+    eventually(lambda: not owner._courier._guests)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 # ---- which host ----------------------------------------------------------------------------------------------
 
 
@@ -362,7 +441,11 @@ def test_a_process_is_told_from_another_with_its_pid() -> None:
 
 @pytest.mark.parametrize("pid", [0, -1, 1 << 31, 1 << 70])
 def test_an_impossible_pid_proves_nothing(pid: int) -> None:
-    assert _process.watch_claimed(pid, 0) is None
+    assert _process.watch_claimed(pid, 1) is None
+
+
+def test_a_peer_that_could_not_read_its_own_start_time_is_not_called_ended() -> None:
+    assert _process.watch_claimed(os.getpid(), 0) is None
 
 
 def test_a_process_whose_start_cannot_be_read_is_not_called_ended(monkeypatch: pytest.MonkeyPatch) -> None:
