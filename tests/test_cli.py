@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_kit import environment, on_a_terminal, tensorferry
 
 from tensorferry._version import __version__
 from tensorferry.commands import probing
@@ -18,46 +18,6 @@ from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Readiness
 
 ESCAPE = "\x1b["
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's, without settings and without anything that speaks for or against colour."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("TENSORFERRY_", "SGLANG_"))}
-    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS"):
-        ours.pop(name, None)
-    return {**ours, "TENSORFERRY_CONFIG": os.devnull, **more}
-
-
-def tensorferry(*args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
-    return subprocess.run(
-        [sys.executable, "-m", "tensorferry", *args],
-        env=env or environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-
-
-def on_a_terminal(*args: str, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run with standard output on a pseudo-terminal."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "tensorferry", *args], env=env or environment(TERM="xterm-256color"), stdout=theirs
-    ) as process:
-        os.close(theirs)
-        said = b""
-        while True:
-            try:
-                more = os.read(ours, 65536)
-            except OSError:  # Linux: the other end was closed
-                break
-            if not more:
-                break
-            said += more
-    os.close(ours)
-    return process.returncode, said.decode()
 
 
 # ---- the command itself

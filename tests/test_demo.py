@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from command_kit import environment, on_a_terminal, tensorferry
 from jsonschema import Draft202012Validator
-from test_cli import environment, on_a_terminal, tensorferry
 
 from tensorferry import cli, schemas
 from tensorferry.commands import demo_processes, demo_source
@@ -439,3 +440,10 @@ def test_the_last_words_of_a_side_that_crashes_are_the_hint(monkeypatch):
     with pytest.raises(PeerLost, match="ended with status 1") as caught:
         demo_processes.run(plan(), Report(plan()), debug=False)
     assert "No module named no_such_module_of_ours" in caught.value.hint
+
+
+def test_a_side_imports_nothing_from_the_working_directory(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('this torch is not ours')\n")
+    command = [str(Path(sys.executable).parent / "tensorferry"), "demo", *SMALL, "--tokens", "10"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

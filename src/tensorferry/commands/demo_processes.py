@@ -43,7 +43,7 @@ class Side:
         self.name = name
         self.words: IO[bytes] | None = None if debug else tempfile.TemporaryFile()  # noqa: SIM115  closed by release
         self.process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE],
+            [sys.executable, "-P", "-m", _MODULE],  # -P: whatever lies in the working directory is not ours to import
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,

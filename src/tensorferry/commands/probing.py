@@ -40,7 +40,7 @@ def probe_each(names: Iterable[str], seconds: float = DEFAULT_SECONDS, *, debug:
 
 def _probe(name: str, seconds: float, debug: bool) -> Probe:
     with subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, name],
+        [sys.executable, "-P", "-m", __spec__.name, name],  # -P: nothing is imported from the working directory
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=None if debug else subprocess.DEVNULL,
