@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorferry.core.errors import ConfigError
+from tensorferry.core.ledger import Ranges
 from tensorferry.core.messages import Query, Verdict
 
 Snapshot = tuple[Any, ...]
@@ -58,6 +59,7 @@ class Decisions:
         self.incarnation = incarnation
         self.most = most
         self.uses: dict[int, Use] = {}  # by the leader's own xfer, oldest first
+        self.over: dict[int, tuple[int, Ranges]] = {}  # rank -> (incarnation, its transfers that are over)
 
     def open(self, xfer: int, room: int, ranks: int) -> None:
         self.uses[xfer] = Use(room, ranks)
@@ -76,6 +78,13 @@ class Decisions:
     def query(self, route: str, query: Query) -> tuple[int | None, Verdict | None]:
         """(the leader's xfer that the query is about, the verdict if there is one)."""
         asker = (query.src, query.xfer)
+        inc, over = self.over.get(query.rank, (0, Ranges()))
+        if query.src > inc:
+            inc, over = self.over[query.rank] = (query.src, Ranges())
+        if query.src < inc or (query.xfer in over and not query.heard):
+            return None, None  # late: it must not be taken for a question about the next use of its room
+        if query.heard:
+            over.add(query.xfer)
         for xfer, use in self.uses.items():
             if use.room != query.room and not query.heard:  # who has forgotten the transfer has forgotten its room
                 continue
@@ -112,10 +121,11 @@ class Decisions:
         return tuple(
             (xfer, use.room, use.ranks, tuple(sorted(use.bound.items())), use.verdict, tuple(sorted(use.heard)))
             for xfer, use in self.uses.items()
-        )
+        ), tuple((rank, inc, over.ranges()) for rank, (inc, over) in sorted(self.over.items()))
 
     def restore(self, snapshot: Snapshot) -> None:
+        uses, over = snapshot
         self.uses = {
-            xfer: Use(room, ranks, dict(bound), verdict, set(heard))
-            for xfer, room, ranks, bound, verdict, heard in snapshot
+            xfer: Use(room, ranks, dict(bound), verdict, set(heard)) for xfer, room, ranks, bound, verdict, heard in uses
         }
+        self.over = {rank: (inc, Ranges(ranges)) for rank, inc, ranges in over}

@@ -172,12 +172,15 @@ def patience(world: SearchWorld, state: State) -> list[Edge]:
                 s.process_of(room), ("cancel", o.serial))))  # fmt: skip
         failed = any(want.end not in ("", "w", "ok") for want in wants)
         for rank, want in enumerate(wants):
-            if want.end == "w" and (offer.end not in ("", "w") or failed or state[9][CR] < setup.faults.cr):
-                found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
-                    r, ("fail", w.xfer))))  # fmt: skip
-                if rank and state[9][CR] < setup.faults.cr:
-                    found.append(_edge(world, state, ("framework drops", rank, room), lambda s, r=rank, w=want: s.run(
-                        r, ("resolve", w.xfer, False))))  # fmt: skip
+            if want.end != "w":
+                continue
+            if want.xfer not in world.view(state[0][rank]).given_up:
+                if offer.end not in ("", "w") or failed or setup.faults.cr:
+                    found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
+                        r, ("fail", w.xfer))))  # fmt: skip
+            elif rank and setup.faults.cr:  # a leader that came back cannot say what its predecessor decided
+                found.append(_edge(world, state, ("framework drops", rank, room), lambda s, r=rank, w=want: s.run(
+                    r, ("resolve", w.xfer, False))))  # fmt: skip
     if not found:
         for k in range(setup.ranks, setup.ranks + setup.senders):
             for slot in world.view(state[0][k]).slots:

@@ -13,6 +13,7 @@ from enum import Enum
 from tensorferry.conformance.explore.machines import Machine, Mail
 from tensorferry.conformance.explore.setup import Setup
 from tensorferry.core import messages as m
+from tensorferry.core.ledger import Ranges
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.sender import Binding, SenderMachine, Slot
 from tensorferry.core.transfer import Phase
@@ -93,13 +94,16 @@ def _at_receiver(r: ReceiverMachine, route: str, msg: m.Message, setup: Setup) -
 def _query(r: ReceiverMachine, msg: m.Query) -> Late:
     """Judged where each room is used once: elsewhere a question may be taken for one about the next use."""
     asker = (msg.src, msg.xfer)
+    inc, over = r.decisions.over.get(msg.rank, (0, Ranges()))
+    if msg.src < inc or (msg.src == inc and msg.xfer in over and not msg.heard):
+        return Late.REPLY
     for xfer, use in r.decisions.uses.items():
         bound = use.bound.get(msg.rank)
         if (bound is None and use.room == msg.room) or (bound is not None and bound[1:] == asker):
             t = r.transfers.get(xfer)
             settled = bound is not None and (msg.rank in use.heard if msg.heard else True)
             return Late.NO if not settled or (msg.code and t is not None and t.live) else Late.REPLY
-    return Late.YES if msg.heard else Late.REPLY
+    return _if(msg.src == inc and msg.xfer in over) if msg.heard else Late.REPLY
 
 
 # ---- at the sender ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class View:
     repeating: tuple[int, ...] = ()  # what a receiver's timers speak about
     fencing: tuple[int, ...] = ()  # incarnations with blocks in quarantine
     promised: tuple[int, ...] = ()  # xfers of a follower that has voted yes
+    given_up: tuple[int, ...] = ()  # xfers that wait for a verdict only
     slots: tuple[int, ...] = ()
     writes: dict[tuple[int, int, int, int], frozenset[int]] = field(default_factory=dict)
     receivers: tuple[int, ...] = ()
@@ -45,6 +46,7 @@ def _receiver(r: ReceiverMachine, window: int | str) -> View:
         granting=tuple(t.xfer for t in r.transfers.values() if t.out and t.live),
         repeating=tuple(sorted(r.transfers.keys() | r.decisions.uses.keys())),
         promised=tuple(t.xfer for t in r.transfers.values() if t.phase is Phase.VOTED and t.error is None),
+        given_up=tuple(t.xfer for t in r.transfers.values() if t.error is not None or t.plea is not None),
         fencing=tuple(sorted({q.sender for q in r.pool.quarantined.values()})),
     )  # fmt: skip
     view.wrong = _wrong(r, window)
