@@ -22,6 +22,7 @@ from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
     FerryError,
+    InternalError,
     PeerLost,
     PeerUnreachable,
     PoolTimeout,
@@ -235,6 +236,18 @@ class Receiver(Endpoint):
             self._do(self.machine.fail(xfer, problem))
 
     def _gather(self, g: fx.Gather) -> None:
+        """Whatever fails here is this transfer's end; its blocks go the way of a wrong digest, so that none is lost."""
+        try:
+            self._verify_and_copy(g)
+        except Exception as problem:
+            log.exception("gathering for room %d failed", self.machine.transfers[g.xfer].room)
+            pending = [index for index, _, _ in g.items if index in self.machine.transfers[g.xfer].gathering]
+            error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
+            self._do(self.machine.fail(g.xfer, error))
+            if pending:
+                self._do(self.machine.corrupt(g.xfer, pending))
+
+    def _verify_and_copy(self, g: fx.Gather) -> None:
         """Flush, verify, copy (INT-3). Blocks whose digest is right are gathered together where they lie together."""
         t = self.machine.transfers[g.xfer]
         facts, destination = t.facts, self._destinations[g.xfer]
@@ -345,6 +358,10 @@ class Receiver(Endpoint):
         keys: set[Any] = set()
         for t in list(machine.transfers.values()):
             self._watch_transfer(t, now, keys)
+        for xfer in machine.decisions.uses.keys() - machine.transfers.keys():  # verdicts that somebody has not heard
+            keys.add(("verdict", xfer))
+            if self._watches.repeat(("verdict", xfer), xfer, now):
+                self._do(machine.resend(xfer))
         for route in {t.route for t in machine.transfers.values()}:
             self._watch_route(route, now, keys)
         self._watch_quarantine(now, keys)
