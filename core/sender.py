@@ -224,6 +224,19 @@ class SenderMachine:
             self._drained(w)
         return self._take_effects()
 
+    def wants(self, write: WriteId) -> bool:
+        """Is a write that has not been posted yet still worth posting? If not: `write_drained`, it will never be."""
+        w = self.writes.get(write)
+        b = self._binding(w) if w is not None else None
+        return (
+            w is not None
+            and b is not None
+            and b.closed is None
+            and b.trouble is None
+            and b.epoch == w.epoch > b.revoked
+            and self.slots[self.where[b.key]].decision != "abort"
+        )
+
     def _settle(self, write: WriteId, indices: set[int]) -> Write | None:
         w = self.writes.get(write)
         if w is None or not indices <= w.outstanding:
@@ -237,9 +250,13 @@ class SenderMachine:
         binding = self._binding(w)
         if binding is None or binding.closed is not None or binding.epoch != w.epoch or binding.trouble is not None:
             return
-        binding.trouble = (error.code, error.cause[:1000])
-        binding.pending.clear()
-        self._send_trouble(binding)
+        self._be_in_trouble(binding, error)
+
+    def _be_in_trouble(self, binding: Binding, error: e.FerryError) -> None:
+        if binding.closed is None and binding.trouble is None:
+            binding.trouble = (error.code, error.cause[:1000])
+            binding.pending.clear()
+            self._send_trouble(binding)
 
     def _drained(self, w: Write) -> None:
         """Fences and ends that waited for this write."""
@@ -273,7 +290,10 @@ class SenderMachine:
                     if binding.receiver == receiver and error is None:
                         self._post(slot, binding)
                     elif binding.receiver == receiver and error is not None:
-                        self._refuse(r.route, binding.key, error)
+                        if binding.epoch:  # what is granted cannot be written: recover, and try again with new grants
+                            self._be_in_trouble(binding, error)
+                        else:
+                            self._refuse(r.route, binding.key, error)
         return self._take_effects()
 
     def receiver_lost(self, receiver: int, error: e.FerryError, *, gone: bool) -> list[Effect]:
@@ -321,7 +341,7 @@ class SenderMachine:
         r = self.receivers.get(message.src)
         if r is None or message.dst != self.inc:
             self.ignored["foreign"] += 1
-            if isinstance(message, m.FromReceiver):  # whoever speaks to our predecessor learns of us
+            if isinstance(message, m.FromReceiver | m.Ping):  # whoever speaks to our predecessor learns of us
                 self._send(route, replace(self.hello, dst=message.src, ack=0))
             return self._take_effects()
         r.route = route
@@ -518,6 +538,8 @@ class SenderMachine:
             self._show(slot.offer, Status.TRANSFERRING)
         b.high = max(b.high, last)
         slot.touched += 1
+        if r.problem is not None:
+            self._effects.append(Connect(r.route, r.hello))
         self._post(slot, b)
 
     def _post(self, slot: Slot, b: Binding) -> None:
@@ -548,7 +570,9 @@ class SenderMachine:
             b.posted.add(first, first + count)
         write = (*b.key, b.epoch, runs[0][0])  # unique: an index is posted at most once in an epoch
         self.writes[write] = Write(offer.serial, b.receiver, b.xfer, b.epoch, indices)
-        self._effects.append(PostWrite(write, offer.serial, b.route, b.receiver, b.xfer, tuple(runs)))
+        self._effects.append(
+            PostWrite(write, offer.serial, b.route, b.receiver, b.xfer, offer.facts.content_id, tuple(runs))
+        )
 
     def _on_revoke(self, r: Receiver, key: tuple[int, int], upto: int, over: bool) -> None:
         """WS-3: answered from the write table alone. An unknown transfer leaves a tombstone first (L4)."""
