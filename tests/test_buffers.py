@@ -162,6 +162,16 @@ def test_a_gather_writes_its_own_rows_and_no_others(total: int) -> None:
         assert set(bytes(tensor[:start].reshape(-1).view(torch.uint8).tolist())) <= {0xA5}
 
 
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1]])
+def test_the_order_in_which_components_are_named_does_not_matter(names: tuple[str, ...]) -> None:
+    pair = Pair(128)
+    pair.write(0, 0)
+    sent = digest(pair.source.block_views(0, 128), seed(0), "full")
+    assert pair.pool.digest(0, 0, 128, names, seed(0), "full") == sent
+    pair.pool.gather(0, 0, 128, names, pair.destination)
+    assert pair.arrived()
+
+
 # ---- what a digest catches -----------------------------------------------------------------------------------
 
 BOTH = pytest.mark.parametrize("mode", ["full", "sampled"])
@@ -376,6 +386,15 @@ def test_late_bytes_into_a_replaced_slab_reach_nobody() -> None:
     pair.write(0, 0)
     old.memory.view()[:] = b"\xff" * old.memory.nbytes  # still mapped: a late write does no harm
     assert pair.intact(0, 0)
+    assert pool.graveyard.nbytes_of("peer") == old.memory.nbytes
+    memory = weakref.ref(old.memory.owner)
+    transport.retired.clear()
+    del old
+    gc.collect()
+    assert memory() is not None
+    pool.graveyard.exhume("peer")
+    gc.collect()
+    assert memory() is None
 
 
 def test_if_there_is_no_memory_for_a_new_slab_the_old_one_stays() -> None:
