@@ -67,7 +67,8 @@ class ReplaceSlab:
 class PostWrite:
     """Write blocks of offer `serial` to the peer `route` and report on each part: `write_done` and its kin.
 
-    `runs`: (first index, first block, count, region generation) each. `receiver` and `xfer` seed the digests.
+    `runs`: (first index, first block, count, region generation) each. `receiver`, `xfer` and `content_id` seed the
+    digests.
     """
 
     write: tuple[int, int, int, int]
@@ -75,6 +76,7 @@ class PostWrite:
     route: str
     receiver: int
     xfer: int
+    content_id: bytes
     runs: tuple[tuple[int, int, int, int], ...]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
 from tensorferry.core.allocator import BlockPool, Choose, lowest_runs
-from tensorferry.core.buffers import Destination, Gathered, PoolBuffers
-from tensorferry.core.digest import MODES, block_seed
+from tensorferry.core.buffers import Destination, PoolBuffers
+from tensorferry.core.digest import MODES
 from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
     FerryError,
-    InternalError,
     PeerLost,
     PeerUnreachable,
     PoolTimeout,
     ProtocolViolation,
 )
+from tensorferry.core.gathering import Gatherer
 from tensorferry.core.group import SOLO, Group
 from tensorferry.core.handles import ReceiveTransfer
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, destination_bytes
@@ -52,16 +51,6 @@ class Known:
 
     route: str
     peer: Any
-
-
-@dataclass(slots=True)
-class Copying:
-    """A gather that the device has not finished yet."""
-
-    xfer: int
-    indices: list[int]
-    gathered: list[Gathered]
-    destination: Destination
 
 
 class Receiver(Endpoint):
@@ -101,11 +90,10 @@ class Receiver(Endpoint):
             hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, choose), self._policy(), group
         )
         self.machine.generations = [generation for _, generation in regions]
+        self._gatherer = Gatherer(transport, self._buffers, self.machine, self._do)
         self._transfers: dict[int, ReceiveTransfer] = {}  # by xfer, until the end
-        self._destinations: dict[int, Destination] = {}
         self._known: dict[int, Known] = {}  # by sender incarnation
         self._heard: dict[str, float] = {}
-        self._copying: deque[Copying] = deque()
         self._stuck_slabs: dict[int, float] = {}
         self._thread.start()
 
@@ -180,7 +168,7 @@ class Receiver(Endpoint):
 
     def _rows(self, transfer: ReceiveTransfer, start: int, stop: int) -> Mapping[str, torch.Tensor]:
         """Views of rows that have arrived, in the destination or in the result that it became."""
-        destination = self._destinations.get(transfer._xfer)
+        destination = self._gatherer.destinations.get(transfer._xfer)
         if destination is not None:
             try:
                 return destination.rows(start, stop)
@@ -199,13 +187,13 @@ class Receiver(Endpoint):
     def _carry_out(self, effect: fx.Effect) -> None:
         match effect:
             case fx.Gather():
-                self._gather(effect)
+                self._gatherer.gather(effect)
             case fx.Connect(route, hello):
                 self._meet(route, hello)
             case fx.Reserve(xfer):
                 self._reserve(xfer)
             case fx.Drop(xfer):
-                self._destinations.pop(xfer, None)
+                self._gatherer.destinations.pop(xfer, None)
             case fx.ReplaceSlab(slab):
                 self._replace(slab)
             case fx.Ended(xfer, error):
@@ -229,71 +217,11 @@ class Receiver(Endpoint):
             if t.facts.integrity not in MODES:
                 raise ProtocolViolation(f"unknown integrity {t.facts.integrity!r}", room=t.room, peer=t.route)
             names = self.layout.present(t.facts.present)
-            self._destinations[xfer] = Destination(self.layout, 0 if t.dummy else t.facts.total, names)
+            self._gatherer.destinations[xfer] = Destination(self.layout, 0 if t.dummy else t.facts.total, names)
         except ValueError as problem:
             self._do(self.machine.fail(xfer, ProtocolViolation(str(problem), room=t.room, peer=t.route)))
         except FerryError as problem:
             self._do(self.machine.fail(xfer, problem))
-
-    def _gather(self, g: fx.Gather) -> None:
-        """Whatever fails here is this transfer's end; its blocks go the way of a wrong digest, so that none is lost."""
-        try:
-            self._verify_and_copy(g)
-        except Exception as problem:
-            log.exception("gathering for room %d failed", self.machine.transfers[g.xfer].room)
-            pending = [index for index, _, _ in g.items if index in self.machine.transfers[g.xfer].gathering]
-            error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
-            self._do(self.machine.fail(g.xfer, error))
-            if pending:
-                self._do(self.machine.corrupt(g.xfer, pending))
-
-    def _verify_and_copy(self, g: fx.Gather) -> None:
-        """Flush, verify, copy (INT-3). Blocks whose digest is right are gathered together where they lie together."""
-        t = self.machine.transfers[g.xfer]
-        facts, destination = t.facts, self._destinations[g.xfer]
-        assert facts is not None
-        if self.transport.capabilities.needs_flush:
-            for slab in {self.geometry.slab_of(block) for _, block, _ in g.items}:
-                self.transport.flush(self._buffers.region(slab))
-        names = destination.names
-        good: list[tuple[int, int]] = []
-        bad: list[int] = []
-        for index, block, digest in sorted(g.items):
-            seed = block_seed(self.incarnation, g.xfer, facts.content_id, index)
-            if self._buffers.digest(block, index, facts.total, names, seed, facts.integrity) == digest:
-                good.append((index, block))
-            else:
-                bad.append(index)
-        copying = Copying(g.xfer, [index for index, _ in good], [], destination)
-        for first_index, first_block, count in self._together(good):
-            copying.gathered.append(
-                self._buffers.gather_run(first_block, first_index, count, facts.total, names, destination)
-            )
-        if bad:
-            log.warning("room %d: blocks %s arrived with a wrong digest; they are sent again", t.room, bad)
-            self._do(self.machine.corrupt(g.xfer, bad))
-        if good:
-            self._copying.append(copying)
-            self._finish_copies()
-
-    def _together(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """(first index, first block, count) of runs that are adjacent on both sides and lie in one slab."""
-        runs: list[tuple[int, int, int]] = []
-        for index, block in pairs:
-            if runs:
-                first_index, first_block, count = runs[-1]
-                same_slab = self.geometry.slab_of(first_block) == self.geometry.slab_of(block)
-                if same_slab and (index, block) == (first_index + count, first_block + count):
-                    runs[-1] = (first_index, first_block, count + 1)
-                    continue
-            runs.append((index, block, 1))
-        return runs
-
-    def _finish_copies(self) -> None:
-        """Blocks are free when the copy is over, not when it was started (GR-7)."""
-        while self._copying and all(g.finished() for g in self._copying[0].gathered):
-            done = self._copying.popleft()
-            self._do(self.machine.gathered(done.xfer, done.indices))
 
     def _replace(self, slab: int) -> None:
         """F3: late writes land in the old memory, which stays mapped in the graveyard until they cannot come."""
@@ -337,7 +265,7 @@ class Receiver(Endpoint):
         if t is not None:
             self._copy_view(transfer, t)
         if error is None and t is not None and t.facts is not None:
-            destination = self._destinations.pop(transfer._xfer)
+            destination = self._gatherer.destinations.pop(transfer._xfer)
             transfer._result = destination.result(_AUX.unpack(t.facts.aux))
             transfer.rows_complete = True
             transfer.status = type(transfer.status)("SUCCESS")
@@ -350,8 +278,8 @@ class Receiver(Endpoint):
     # ---- time --------------------------------------------------------------------------------------------------
 
     def _progress(self) -> bool:
-        self._finish_copies()
-        return bool(self._copying)
+        self._gatherer.finish()
+        return self._gatherer.busy
 
     def _tick(self, now: float) -> bool:
         machine = self.machine
@@ -369,7 +297,7 @@ class Receiver(Endpoint):
             self._stuck_slabs[slab] = now
             self._replace(slab)
         self._watches.keep_only(keys)
-        return bool(machine.transfers or self._copying)
+        return bool(machine.transfers or self._gatherer.busy)
 
     def _watch_transfer(self, t: Transfer, now: float, keys: set[Any]) -> None:
         watches, s, xfer = self._watches, self.settings, t.xfer
@@ -446,6 +374,6 @@ class Receiver(Endpoint):
     def _release(self) -> None:
         for transfer in list(self._transfers.values()):
             self._end(transfer, closed_error(transfer.room))
-        self._destinations.clear()
+        self._gatherer.destinations.clear()
         self._buffers.close()
         self.transport.close()

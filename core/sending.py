@@ -9,14 +9,11 @@ from __future__ import annotations
 import logging
 import secrets
 import struct
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
-from tensorferry.core.digest import block_seed, digest
 from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
@@ -24,60 +21,24 @@ from tensorferry.core.errors import (
     DeadlineExceeded,
     FerryError,
     PeerLost,
-    TransportError,
-    UnknownInFlight,
 )
 from tensorferry.core.handles import SendTransfer
-from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, slab_plan
+from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, slab_plan
 from tensorferry.core.policy import SenderPolicy
-from tensorferry.core.sender import SenderMachine, WriteId
+from tensorferry.core.posting import Poster, Target
+from tensorferry.core.sender import SenderMachine
 from tensorferry.core.settings import Settings
-from tensorferry.core.source import Source, write_plan
-from tensorferry.core.staging import Stage, Staging
+from tensorferry.core.source import Source
+from tensorferry.core.staging import Staging
 from tensorferry.core.transfer import Facts
-from tensorferry.core.transport import Copy, PeerState, RemoteRegion, Status, Transport
+from tensorferry.core.transport import PeerState, Transport
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("tensorferry.sender")
 
-MOST_POSTS = 8
-"""Posts under way at once. More keep no transport busier, and a revoked grant's unposted rest costs nothing."""
-
 _AUX = struct.Struct(f"<{AUX_WORDS}q")
-
-
-@dataclass(slots=True)
-class Part:
-    """A piece of a grant that fits one post: `count` blocks from `index`, into adjacent blocks of one slab."""
-
-    write: fx.PostWrite
-    index: int
-    block: int
-    count: int
-    generation: int
-
-    @property
-    def indices(self) -> range:
-        return range(self.index, self.index + self.count)
-
-
-@dataclass(slots=True)
-class Posted:
-    part: Part
-    stage: Stage | None
-    digests: dict[int, int]
-    unknown: bool = False
-
-
-@dataclass(slots=True)
-class Target:
-    """A receiver as the transport knows it."""
-
-    peer: Any
-    geometry: Geometry
-    regions: list[tuple[int, int]]
 
 
 class Sender(Endpoint):
@@ -98,18 +59,18 @@ class Sender(Endpoint):
         super().__init__(layout, transport, settings, bind=bind, name=name)
         self.address = self._control.address
         self.integrity = "full" if settings.integrity == "auto" else settings.integrity
-        self._staging = Staging(transport, settings.staging_bytes)
+        staging = Staging(transport, settings.staging_bytes)
         hello = m.Hello(
             src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
             layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, regions=b"",
             offers=self._offers(), revision=1, ack=0,
         )  # fmt: skip
         self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
+        self._poster = Poster(
+            layout, transport, self.machine, self._do, staging=staging,
+            block_size=settings.block_size, integrity=self.integrity,
+        )  # fmt: skip
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
-        self._sources: dict[int, Source] = {}  # by serial, until nothing reads them
-        self._targets: dict[int, Target] = {}  # by receiver incarnation
-        self._parts: deque[Part] = deque()
-        self._posted: dict[int, Posted] = {}  # by the transport's handle
         self._heard: dict[int, float] = {}
         self._thread.start()
 
@@ -183,20 +144,21 @@ class Sender(Endpoint):
         except struct.error as problem:
             raise BadCall(f"aux and mrope_delta are int64: {problem}", room=room) from None
         facts = Facts(source.total_tokens, content_id, self.layout.presence(source.names), packed, self.integrity)
-        self._staging.max_blocks(slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0), source.names)
+        plan = slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0)
+        self._poster.staging.max_blocks(plan, source.names)
         transfer = SendTransfer(self, room, source.total_tokens)
 
         def start() -> None:
             serial, effects = self.machine.offer(room, facts, source.ready)
             transfer._serial = serial
-            self._transfers[serial], self._sources[serial] = transfer, source
+            self._transfers[serial], self._poster.sources[serial] = transfer, source
             self._do(effects)
 
         self._call(start)
         return transfer
 
     def _put(self, transfer: SendTransfer, start: int, components: Mapping[str, torch.Tensor | None]) -> None:
-        source = self._sources.get(transfer._serial)
+        source = self._poster.sources.get(transfer._serial)
         if source is None:
             raise transfer.error or BadCall("the transfer has ended", room=transfer.room)
         source.put(start, **components)
@@ -218,9 +180,9 @@ class Sender(Endpoint):
             case fx.Connect(_, hello):
                 self._meet(hello)
             case fx.PostWrite():
-                self._split(effect)
+                self._poster.put(effect)
             case fx.ReleaseSource(serial):
-                self._sources.pop(serial).release()
+                self._poster.sources.pop(serial).release()
             case fx.Ended(serial, error):
                 transfer = self._transfers.pop(serial)
                 offer_status = "SUCCESS" if error is None else "FAILED"
@@ -246,120 +208,15 @@ class Sender(Endpoint):
             regions = m.unpack_regions(hello.regions)
             if len(regions) != geometry.slab_count:
                 raise BadCall(f"{len(regions)} regions for {geometry.slab_count} slabs")
-            self._targets[hello.src] = Target(self._connect(hello, hello.name), geometry, regions)
+            self._poster.targets[hello.src] = Target(self._connect(hello, hello.name), geometry, regions)
         except FerryError as problem:
             log.warning("receiver %s cannot be used: %s", hello.name, problem)
             self.machine.refused = str(problem)
             error = problem
         self._do(self.machine.connected(hello.src, error))
 
-    def _plan(self, part: Part) -> SlabPlan:
-        geometry = self._targets[part.write.receiver].geometry
-        return slab_plan(self.layout, geometry, geometry.slab_of(part.block))
-
-    def _split(self, write: fx.PostWrite) -> None:
-        """Cut a grant into posts: large enough for the engine's best rate, small enough to overlap with the gather."""
-        source = self._sources[write.serial]
-        block_bytes = self.settings.block_size * sum(self.layout[name].token_bytes for name in source.names)
-        preferred = max(1, self.transport.capabilities.preferred_post_bytes // max(1, block_bytes))
-        for index, block, count, generation in write.runs:
-            probe = Part(write, index, block, count, generation)
-            step = min(preferred, self._staging.max_blocks(self._plan(probe), source.names))
-            for k in range(0, count, step):
-                self._parts.append(Part(write, index + k, block + k, min(step, count - k), generation))
-
-    def _post_next(self) -> bool:
-        """Post the first part in line; False where it has to wait (for staging, or for posts under way)."""
-        if len(self._posted) >= MOST_POSTS:
-            return False
-        part = self._parts[0]
-        write = part.write
-        stage: Stage | None = None
-        try:
-            if not self._wanted(write.write):
-                self._parts.popleft()  # revoked before it was posted: it never will be
-                self._do(self.machine.write_drained(write.write, set(part.indices)))
-                return True
-            source, target = self._sources[write.serial], self._targets[write.receiver]
-            plan = self._plan(part)
-            needed = plan.stage_bytes(source.names, part.count, rows=self._staging.holds_rows)
-            if needed:
-                stage = self._staging.take(needed)
-                if stage is None:
-                    return False
-            self._parts.popleft()
-            slab = target.geometry.slab_of(part.block)
-            inside = part.block - target.geometry.slab_blocks(slab).start
-            remote = RemoteRegion(target.regions[slab][0], part.generation)
-            copies = [
-                Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
-                for c in write_plan(source, plan, part.index, inside, part.count, stage)
-            ]
-            handle = self.transport.post(target.peer, copies)
-        except FerryError as problem:  # refused before any byte moved
-            if stage is not None:
-                self._staging.give(stage)
-            if self._parts and self._parts[0] is part:
-                self._parts.popleft()
-            error = problem if isinstance(problem, TransportError) else TransportError(problem.cause, hint=problem.hint)
-            self._do(self.machine.write_failed(write.write, set(part.indices), error))
-            return True
-        seeds = {i: block_seed(write.receiver, write.xfer, self._content_id(write.serial), i) for i in part.indices}
-        size = self.settings.block_size
-        digests = {i: digest(source.block_views(i, size), seed, self.integrity) for i, seed in seeds.items()}
-        self._posted[handle] = Posted(part, stage, digests)
-        return True
-
-    def _content_id(self, serial: int) -> bytes:
-        slot = self.machine._slot_of(serial)
-        return slot.offer.facts.content_id if slot is not None and slot.offer is not None else bytes(16)
-
-    def _wanted(self, write: WriteId) -> bool:
-        w = self.machine.writes.get(write)
-        binding = self.machine._binding(w) if w is not None else None
-        return (
-            w is not None
-            and binding is not None
-            and binding.closed is None
-            and binding.trouble is None
-            and binding.epoch == w.epoch > binding.revoked
-        )
-
     def _progress(self) -> bool:
-        for handle, posted in list(self._posted.items()):
-            self._look(handle, posted)
-        while self._parts and self._post_next():
-            continue
-        return bool(self._posted)
-
-    def _look(self, handle: int, posted: Posted) -> None:
-        status = self.transport.poll(handle)
-        write, indices = posted.part.write.write, set(posted.part.indices)
-        if status is Status.PENDING:
-            return
-        if status is Status.UNKNOWN:
-            if not posted.unknown:
-                posted.unknown = True
-                error = UnknownInFlight("a write has an unknown outcome", transport=self.transport.name)
-                self._do(self.machine.write_unknown(write, error))
-            if self.transport.drained(handle):
-                self._settle(handle, posted)
-                self._do(self.machine.write_drained(write, indices))
-            return
-        self._settle(handle, posted)
-        if posted.unknown:
-            self._do(self.machine.write_drained(write, indices))
-        elif status is Status.DONE:
-            self._do(self.machine.write_done(write, posted.digests))
-        else:
-            failed = TransportError("a write failed", transport=self.transport.name)
-            self._do(self.machine.write_failed(write, indices, failed))
-
-    def _settle(self, handle: int, posted: Posted) -> None:
-        del self._posted[handle]
-        self.transport.release(handle)
-        if posted.stage is not None:
-            self._staging.give(posted.stage)
+        return self._poster.progress()
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -388,7 +245,7 @@ class Sender(Endpoint):
             if watches.age(("given up", room), now) > s.announce_deadline:
                 machine.forget_given_up(room)
         watches.keep_only(keys)
-        return bool(machine.slots or self._posted or self._parts)
+        return bool(machine.slots or self._poster.busy)
 
     def _expire(self, serial: int, bound: bool) -> None:
         cause = f"not delivered within transfer_deadline ({self.settings.transfer_deadline:g} s)"
@@ -399,7 +256,7 @@ class Sender(Endpoint):
         key = ("receiver", receiver)
         keys.add(key)
         heard = self._heard.setdefault(receiver, now)
-        target = self._targets.get(receiver)
+        target = self._poster.targets.get(receiver)
         if target is not None and self.transport.peer_state(target.peer) is PeerState.GONE:
             self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         elif now - heard > self.settings.peer_timeout:
@@ -410,7 +267,7 @@ class Sender(Endpoint):
     def _lose(self, receiver: int, error: FerryError, *, gone: bool) -> None:
         self._heard.pop(receiver, None)
         if gone:
-            target = self._targets.pop(receiver, None)
+            target = self._poster.targets.pop(receiver, None)
             if target is not None:
                 self.transport.disconnect(target.peer)
         self._do(self.machine.receiver_lost(receiver, error, gone=gone))
@@ -427,12 +284,12 @@ class Sender(Endpoint):
     def _wind_down(self) -> bool:
         for serial, transfer in list(self._transfers.items()):
             self._do(self.machine.cancel(serial, closed_error(transfer.room)))
-        return not self.machine.slots and not self._posted
+        return not self.machine.slots and not self._poster.busy
 
     def _release(self) -> None:
         for transfer in list(self._transfers.values()):
             transfer.error, transfer.status = closed_error(transfer.room), type(transfer.status)("FAILED")
             self._publish(transfer)
-        self._staging.close()
+        self._poster.staging.close()
         self.transport.close()
-        self._sources.clear()  # not before: the transport may have been reading rows
+        self._poster.sources.clear()  # not before: the transport may have been reading rows

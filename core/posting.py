@@ -1,0 +1,205 @@
+"""How grants become posts: cut, staged, hashed, handed to the transport, watched to their end.
+
+A receiver that takes nothing holds up no other, an error is the error of the write that it met, and staging is taken
+when a post can start and given back when it has drained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tensorferry.core import effects as fx
+from tensorferry.core.digest import block_seed, digest
+from tensorferry.core.errors import FerryError, TransportError, UnknownInFlight
+from tensorferry.core.layout import Geometry, Layout, SlabPlan, slab_plan
+from tensorferry.core.sender import SenderMachine
+from tensorferry.core.source import Source, write_plan
+from tensorferry.core.staging import Stage, Staging
+from tensorferry.core.transport import Copy, RemoteRegion, Status, Transport
+
+log = logging.getLogger("tensorferry.sender")
+
+MOST_POSTS = 8
+"""Posts under way to one receiver. More keep no transport busier, and a revoked grant's unposted rest costs nothing."""
+
+
+@dataclass(slots=True)
+class Part:
+    """A piece of a grant that fits one post: `count` blocks from `index`, into adjacent blocks of one slab."""
+
+    write: fx.PostWrite
+    index: int
+    block: int
+    count: int
+    generation: int
+
+    @property
+    def indices(self) -> range:
+        return range(self.index, self.index + self.count)
+
+
+class Outcome(Enum):
+    POSTED = "posted"
+    OVER = "over"  # refused, or not wanted any more
+    NO_STAGE = "no stage"  # has to wait for staging
+
+
+@dataclass(slots=True)
+class Posted:
+    part: Part
+    stage: Stage | None
+    digests: dict[int, int]
+    unknown: bool = False
+
+
+@dataclass(slots=True)
+class Target:
+    """A receiver as the transport knows it."""
+
+    peer: Any
+    geometry: Geometry
+    regions: list[tuple[int, int]]
+
+
+class Poster:
+    """The posts of one sender. `do` carries out the effects of what the machine is told. The I/O thread's alone."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        transport: Transport,
+        machine: SenderMachine,
+        do: Callable[[list[fx.Effect]], None],
+        *,
+        staging: Staging,
+        block_size: int,
+        integrity: str,
+    ) -> None:
+        self.sources: dict[int, Source] = {}  # by serial, until nothing reads them
+        self.targets: dict[int, Target] = {}  # by receiver incarnation
+        self.staging = staging
+        self._layout = layout
+        self._transport = transport
+        self._machine = machine
+        self._do = do
+        self._block_size = block_size
+        self._integrity = integrity
+        self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
+        self._posted: dict[int, Posted] = {}  # by the transport's handle
+
+    def _plan(self, receiver: int, block: int) -> SlabPlan:
+        geometry = self.targets[receiver].geometry
+        return slab_plan(self._layout, geometry, geometry.slab_of(block))
+
+    def put(self, write: fx.PostWrite) -> None:
+        """Cut a grant into posts: large enough for the engine's best rate, small enough to overlap with the gather."""
+        source = self.sources[write.serial]
+        block_bytes = self._block_size * sum(self._layout[name].token_bytes for name in source.names)
+        preferred = max(1, self._transport.capabilities.preferred_post_bytes // max(1, block_bytes))
+        line = self._lines.setdefault(write.receiver, deque())
+        for index, block, count, generation in write.runs:
+            step = min(preferred, self.staging.max_blocks(self._plan(write.receiver, block), source.names))
+            for k in range(0, count, step):
+                line.append(Part(write, index + k, block + k, min(step, count - k), generation))
+
+    @property
+    def busy(self) -> bool:
+        """A post is under way, its outcome unknown, or waits for its turn."""
+        return bool(self._posted or self._lines)
+
+    def progress(self) -> bool:
+        """Report what has finished, then post what is in line. True while something is under way."""
+        for handle, posted in list(self._posted.items()):
+            self._look(handle, posted)
+        self._post_all()
+        return bool(self._posted)
+
+    def _post_all(self) -> None:
+        """Post what is in line, one part of each receiver in turn: a receiver that takes nothing holds up no other."""
+        under_way = Counter(p.part.write.receiver for p in self._posted.values() if not p.unknown)
+        ready = deque(receiver for receiver, line in self._lines.items() if line)
+        while ready:
+            receiver = ready.popleft()
+            line = self._lines[receiver]
+            if under_way[receiver] >= MOST_POSTS:
+                continue
+            outcome = self._post(line[0])
+            if outcome is Outcome.NO_STAGE:
+                return  # first come, first served: nobody else may take what this one waits for (R3)
+            line.popleft()
+            under_way[receiver] += outcome is Outcome.POSTED
+            if line:
+                ready.append(receiver)
+        for receiver in [receiver for receiver, line in self._lines.items() if not line]:
+            del self._lines[receiver]
+
+    def _post(self, part: Part) -> Outcome:
+        write = part.write
+        if not self._machine.wants(write.write):  # revoked before it was posted: it never will be
+            self._do(self._machine.write_drained(write.write, set(part.indices)))
+            return Outcome.OVER
+        stage: Stage | None = None
+        try:
+            source, target = self.sources[write.serial], self.targets[write.receiver]
+            plan = self._plan(write.receiver, part.block)
+            needed = plan.stage_bytes(source.names, part.count, rows=self.staging.holds_rows)
+            if needed:
+                stage = self.staging.take(needed)
+                if stage is None:
+                    return Outcome.NO_STAGE
+            slab = target.geometry.slab_of(part.block)
+            inside = part.block - target.geometry.slab_blocks(slab).start
+            remote = RemoteRegion(target.regions[slab][0], part.generation)
+            copies = [
+                Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
+                for c in write_plan(source, plan, part.index, inside, part.count, stage)
+            ]
+            digests = {index: self._digest(source, write, index) for index in part.indices}
+            handle = self._transport.post(target.peer, copies)
+        except Exception as problem:  # noqa: BLE001 - refused before any byte moved; it is this write's error and nobody else's
+            if stage is not None:
+                self.staging.give(stage)
+            log.log(logging.DEBUG if isinstance(problem, FerryError) else logging.ERROR, "post refused: %r", problem)
+            error = problem if isinstance(problem, TransportError) else TransportError(f"a post was refused: {problem}")
+            self._do(self._machine.write_failed(write.write, set(part.indices), error))
+            return Outcome.OVER
+        self._posted[handle] = Posted(part, stage, digests)
+        return Outcome.POSTED
+
+    def _digest(self, source: Source, write: fx.PostWrite, index: int) -> int:
+        seed = block_seed(write.receiver, write.xfer, write.content_id, index)
+        return digest(source.block_views(index, self._block_size), seed, self._integrity)
+
+    def _look(self, handle: int, posted: Posted) -> None:
+        status = self._transport.poll(handle)
+        write, indices = posted.part.write.write, set(posted.part.indices)
+        if status is Status.PENDING:
+            return
+        if status is Status.UNKNOWN:
+            if not posted.unknown:
+                posted.unknown = True
+                error = UnknownInFlight("a write has an unknown outcome", transport=self._transport.name)
+                self._do(self._machine.write_unknown(write, error))
+            if self._transport.drained(handle):
+                self._settle(handle, posted)
+                self._do(self._machine.write_drained(write, indices))
+            return
+        self._settle(handle, posted)
+        if posted.unknown:
+            self._do(self._machine.write_drained(write, indices))
+        elif status is Status.DONE:
+            self._do(self._machine.write_done(write, posted.digests))
+        else:
+            failed = TransportError("a write failed", transport=self._transport.name)
+            self._do(self._machine.write_failed(write, indices, failed))
+
+    def _settle(self, handle: int, posted: Posted) -> None:
+        del self._posted[handle]
+        self._transport.release(handle)
+        if posted.stage is not None:
+            self.staging.give(posted.stage)
