@@ -89,3 +89,10 @@ RANKS = [
     Setup("R10", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
     Setup("R9", "two ranks, two rooms, cancel", rooms=2, blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1)),
 ]  # fmt: skip
+
+REQUIRED = [*P, *LOANS, *RANKS, *EXTRA]
+EVERY = [*REQUIRED, *BIG]
+
+
+def by_name(name: str) -> Setup:
+    return next(setup for setup in EVERY if setup.name == name)

@@ -36,6 +36,10 @@ def normal(world: SearchWorld, state: State) -> list[Edge]:
     found += _landings(world, state)
     found += _proofs(world, state)
     found += _applications(world, state)
+    if "timer_fence" in world.setup.mutant:
+        for rank in range(world.setup.ranks):
+            if world.view(state[0][rank]).fencing:
+                found.append(_edge(world, state, ("quarantine times out", rank), lambda s, r=rank: s.run(r, ("timer",))))
     for job in dict.fromkeys(state[7]):
         found.append(_edge(world, state, ("gather ends", job), lambda s, job=job: _gather(s, job)))
     return found

@@ -174,6 +174,10 @@ class Workshop:
                 return 0, r.peer_silent(args[0], PeerLost("explored"))
             case "gone":
                 return 0, r.peer_gone(args[0])
+            case "timer":  # only in a mutant: quarantine ends because time has passed
+                for sender in {q.sender for q in r.pool.quarantined.values()}:
+                    r.pool.gone(sender)
+                return 0, r._step()
             case "overdue":
                 return 0, r.fence_overdue(args[0])
             case "replaced":
