@@ -349,6 +349,8 @@ class SenderMachine:
         match message:
             case m.Ping():
                 self._send(route, m.Pong(src=self.inc, dst=message.src))
+            case m.ToSender() if self.newest.get(r.name, 0) > message.src:
+                self._on_superseded(r, message)
             case m.ToSender():
                 self._raise_min_live(r, message.min_live)
                 self._on_transfer_message(r, message)
@@ -402,6 +404,15 @@ class SenderMachine:
             return "a receiver declares an impossible pool"
         return ""
 
+    def _on_superseded(self, r: Receiver, message: m.ToSender) -> None:
+        """From an incarnation that has a successor: nothing begins for it (ID-2), what it waits for is answered."""
+        key = (message.src, message.xfer)
+        if isinstance(message, m.Revoke) and self._is_drained(key, message.upto):
+            self._send_fenced(r.route, key, message.upto)
+        elif isinstance(message, m.Close) and self._is_drained(key, EVERY_EPOCH):
+            self._send(r.route, m.Closed(src=self.inc, dst=message.src, xfer=message.xfer))
+        self.ignored["superseded"] += 1
+
     def _raise_min_live(self, r: Receiver, min_live: int) -> None:
         """Everything below is over, for ever: tombstones go (R1)."""
         if min_live > r.min_live:
@@ -452,6 +463,7 @@ class SenderMachine:
         slot = self._slot_at(o.room)
         if r.problem is not None:
             self._refuse(r.route, key, e.from_code(*r.problem))
+            self._effects.append(Connect(r.route, r.hello))  # the next Open may fare better: nobody is blacklisted
             return
         if o.rank >= o.ranks or (slot is not None and slot.ranks not in (0, o.ranks)):
             self._refuse(r.route, key, e.GroupMismatch(
