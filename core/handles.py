@@ -126,7 +126,10 @@ class ReceiveTransfer(Transfer):
         self.total_tokens: int | None = None
         """Length in tokens, once announced."""
         self.sent_tokens = 0
-        """Tokens that have arrived without a gap from the first."""
+        """Tokens that have arrived without a gap from the first. Never falls, whatever the sender does."""
+        self.ready_tokens = 0
+        """Rows [0, ready_tokens) can be consumed through `rows` now. As sent_tokens, but of the content that is being
+        received: 0 again when the sender has restarted with another."""
         self.rows_complete = False
         """Every row of this rank is here; with several ranks the group's decision may still be out."""
         self.rounds: tuple[Round, ...] = ()
@@ -136,11 +139,6 @@ class ReceiveTransfer(Transfer):
         self._receiver = receiver
         self._xfer = 0
         self._result: Result | None = None
-
-    @property
-    def ready_tokens(self) -> int:
-        """Rows [0, ready_tokens) can be consumed through `rows` now."""
-        return self.sent_tokens
 
     def result(self, timeout: float | None = 0) -> Result:
         """The tensors: one `[total_tokens, *shape]` per component, None for an absent one, and `aux`. They are the
@@ -164,8 +162,8 @@ class ReceiveTransfer(Transfer):
         self._receiver._expose(self)
         seen = 0
         while True:
-            self._wait_until(lambda seen=seen: self.done or self.sent_tokens > seen, timeout)  # type: ignore[misc]
-            stop = self.sent_tokens
+            self._wait_until(lambda seen=seen: self.done or self.ready_tokens > seen, timeout)  # type: ignore[misc]
+            stop = self.ready_tokens
             if stop > seen:
                 yield seen, stop, self._receiver._rows(self, seen, stop)
                 seen = stop

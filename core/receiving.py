@@ -252,11 +252,12 @@ class Receiver(Endpoint):
         order = list(type(transfer.status))
         if t.facts is not None:
             transfer.total_tokens = t.facts.total
-            transfer.sent_tokens = max(transfer.sent_tokens, self.machine.sent_tokens(t))
             if len(t.log.watermarks) != len(transfer.history):
                 transfer.rounds = t.log.finished(self.settings.block_size, t.facts.total)
                 transfer.history = tuple(t.log.watermarks)
-        transfer.rows_complete = transfer.rows_complete or (t.phase is Phase.VOTED and t.error is None)
+        ready = self.machine.sent_tokens(t)
+        transfer.sent_tokens, transfer.ready_tokens = max(transfer.sent_tokens, ready), ready
+        transfer.rows_complete = t.phase is Phase.VOTED and t.error is None
         if not t.told and order.index(t.status) > order.index(transfer.status):
             transfer.status = t.status
 
@@ -264,13 +265,13 @@ class Receiver(Endpoint):
         t = self.machine.transfers.get(transfer._xfer)
         if t is not None:
             self._copy_view(transfer, t)
-        if error is None and t is not None and t.facts is not None:
-            destination = self._gatherer.destinations.pop(transfer._xfer)
+        destination = self._gatherer.destinations.pop(transfer._xfer, None) if error is None else None
+        if destination is not None and t is not None and t.facts is not None:
             transfer._result = destination.result(_AUX.unpack(t.facts.aux))
             transfer.rows_complete = True
             transfer.status = type(transfer.status)("SUCCESS")
         else:
-            transfer.error = error
+            transfer.error = error or ProtocolViolation("the announcement made no sense", room=transfer.room)
             transfer.status = type(transfer.status)("FAILED")
         self._changed[transfer] = None
         transfer._published()
