@@ -142,6 +142,8 @@ class ReceiverMachine:
             block, tenant, _ = t.gathering.pop(index)
             self._quarantine(block, tenant)
             self._take_back(t, index)
+            if tenant.sender == t.sender:
+                self._to_sender(t, m.Revoke, upto=tenant.epoch)
         if t.phase is Phase.ACTIVE:
             self._bump(t, e.IntegrityError(f"block {indices[0]} arrived with a wrong digest", room=t.room))
         return self._step()

@@ -285,13 +285,13 @@ def _unknown(step: Step, sender: int, write: tuple[int, int, int, int]) -> None:
 def _sender_crash(step: Step, process: int) -> None:
     setup, world = step.setup, step.world
     old = world.incarnation(step.procs[process])
-    said = [world.repeated((step.procs[rank],)) for rank in range(setup.ranks)]
+    for rank in range(setup.ranks):  # whoever goes on speaking to the old incarnation learns of the new one
+        step.net |= world.repeated((step.procs[rank],))
+        step.run(rank, ("heartbeat", world.shop.build.name(process)))
     step.procs[process] = world.shop.fresh(process, old + 1)
-    for bits in said:
-        step.net |= bits
     if "no_proof" not in setup.mutant:
         step.proofs = tuple(sorted(
-            [p for p in step.proofs if p.to != process] + [Proof(rank, process, old) for rank in range(setup.ranks)]
+            [*step.proofs] + [Proof(rank, process, old) for rank in range(setup.ranks)]
         ))  # fmt: skip
     for room, offer in enumerate(step.offers):
         if step.process_of(room) != process:

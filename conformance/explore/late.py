@@ -32,6 +32,8 @@ def _if(dead: bool) -> Late:
 def judge(machine: Machine, mail: Mail, setup: Setup) -> Late:
     if isinstance(machine, ReceiverMachine):
         return _at_receiver(machine, mail.route, mail.message, setup)
+    if setup.faults.cs and isinstance(mail.message, m.Hello):
+        return Late.NO  # it introduces its receiver to a successor, too
     return _at_sender(machine, mail.message)
 
 

@@ -186,6 +186,8 @@ class Workshop:
                 return 0, r.slab_replaced(args[0], generation, regions)
             case "resend":
                 return 0, r.resend(args[0])
+            case "heartbeat":
+                return 0, r.heartbeat(args[0])
         raise TypeError(kind)
 
     def _call_sender(self, s: SenderMachine, kind: str, args: list[Any]) -> tuple[int, list[fx.Effect]]:
