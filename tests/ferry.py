@@ -28,7 +28,7 @@ def hello(
     regions = m.pack_regions((slab, 1) for slab in range(slabs))
     return m.Hello(
         src=src, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=name, layout=layout, block_size=block_size,
-        pool_blocks=pool, slabs=slabs, regions=regions, offers=(m.Offer("fake", 1, b""),), revision=0, ack=0,
+        pool_blocks=pool, slabs=slabs, regions=regions, offers=(m.Offer("fake", 1, b""),), revision=1, ack=0,
     )  # fmt: skip
 
 
