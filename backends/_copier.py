@@ -145,7 +145,6 @@ class Copier:
                 log.exception("a batch failed while it was being copied")
                 status = Status.FAILED
             self.finish(batch, status)
-            del batch  # while waiting, keep nobody's memory alive
 
     def _copy(self, batch: Batch) -> Status:
         gate = batch.gate

@@ -149,6 +149,21 @@ def test_a_stopped_peer_delays_nobody_and_is_never_gone(impatient: ShmTransport,
     assert impatient.poll(again) is Status.FAILED
 
 
+def test_posts_that_follow_do_not_put_off_the_end_of_those_before(impatient: ShmTransport, process: Start) -> None:
+    there = process()
+    region = there.ask("share", nbytes=4096)
+    descriptor = there.describe()
+    there.stop()
+    peer = impatient.connect(descriptor)
+    first = one_byte(impatient, peer, region)
+
+    def ended_under_further_posts() -> bool:
+        one_byte(impatient, peer, region)
+        return impatient.poll(first) is Status.FAILED
+
+    eventually(ended_under_further_posts)
+
+
 def test_a_peer_that_goes_on_in_time_is_written_to(here: ShmTransport, process: Start) -> None:
     there = process()
     region = there.ask("share", nbytes=4096)
