@@ -145,6 +145,8 @@ class Transport(ABC):
 
     name: ClassVar[str]
     contract_version: ClassVar[int] = CONTRACT_VERSION
+    """The version that the class was written for. A third party's class states it as a literal (the registry insists):
+    what it inherits from here would agree with every version."""
     capabilities: ClassVar[Capabilities]
     options_type: ClassVar[type[Options]] = Options
 
@@ -178,8 +180,8 @@ class Transport(ABC):
     @abstractmethod
     def connect(self, descriptor: bytes) -> Any:
         """A peer handle. A second call with a newer descriptor of the same process returns the same peer with its
-        regions brought up to date. Raises ProtocolViolation for a malformed descriptor, PeerUnreachable or
-        TransportMismatch where no path exists."""
+        regions brought up to date; an older one changes nothing. Raises ProtocolViolation for a malformed descriptor,
+        VersionMismatch for one of another version, PeerUnreachable or TransportMismatch where no path exists."""
 
     @abstractmethod
     def disconnect(self, peer: Any) -> None:
@@ -191,12 +193,15 @@ class Transport(ABC):
 
     @abstractmethod
     def post(self, peer: Any, copies: Sequence[Copy]) -> int:
-        """Start writing a batch; returns a handle at once. Raises OutOfBounds or TransportError *before any byte
-        moves*; once it has returned, the outcome is `poll`'s."""
+        """Start writing a batch; returns a handle at once. Raises *before any byte moves*: OutOfBounds, Unsupported for
+        more than `max_copies` or another kind of memory, another TransportError where it is known that the peer cannot
+        be written to, BadCall for no copies, a peer of another transport or a disconnected one. Once it has returned,
+        the outcome is `poll`'s."""
 
     @abstractmethod
     def poll(self, handle: int) -> Status:
-        """Never blocks. A terminal status is repeated for ever until `release`."""
+        """Never blocks. A terminal status is repeated for ever until `release`, also after `close`. Raises BadCall for
+        a handle that is unknown or released."""
 
     @abstractmethod
     def drained(self, handle: int) -> bool:

@@ -234,6 +234,13 @@ def _manager(name: str, failures: list[BaseException]) -> NamedExtensionManager[
 def _checked(name: str, plugin: Plugin, found: object) -> type[Transport]:
     if not (isinstance(found, type) and issubclass(found, Transport)):
         raise TransportUnavailable(f"{plugin} is not a Transport", transport=name)
+    stated = any("contract_version" in vars(base) for base in found.__mro__ if base is not Transport)
+    if not stated and plugin.distribution != "tensorferry":
+        raise VersionMismatch(
+            f"{plugin} does not say which version of the transport contract it is written for",
+            hint=f"Its class should set contract_version = {CONTRACT_VERSION}",
+            transport=name,
+        )
     if found.contract_version != CONTRACT_VERSION:
         raise VersionMismatch(
             f"{plugin} is written for version {found.contract_version} of the transport contract; "

@@ -189,7 +189,7 @@ BROKEN: dict[str, tuple[str, str, Readiness]] = {
     "is a function": ("def Fake(): pass", "not a Transport", Readiness.BROKEN),
     "is another class": ("class Fake: pass", "not a Transport", Readiness.BROKEN),
     "is half a transport": (
-        "from tensorferry.core.transport import Transport\nclass Fake(Transport):\n    name = 'acme'",
+        "from tensorferry.core.transport import Transport\nclass Fake(Transport):\n    name, contract_version = 'acme', 1",
         "lacks __init__, allocate",
         Readiness.BROKEN,
     ),
@@ -224,6 +224,14 @@ def test_another_version_of_the_contract_is_a_version_mismatch(install: Install)
     with pytest.raises(VersionMismatch, match="version 99"):
         registry.load("acme")
     assert registry.probe("acme").readiness is Readiness.BROKEN
+
+
+def test_a_plugin_has_to_say_which_contract_it_is_written_for(install: Install) -> None:
+    """The version that it would inherit agrees with every version."""
+    install("acme-ferry", ["acme"], good("acme").replace("contract_version = 1", ""))
+    with pytest.raises(VersionMismatch, match="does not say") as caught:
+        registry.load("acme")
+    assert "contract_version = 1" in caught.value.hint
 
 
 @pytest.mark.parametrize(("wrong", "meant"), [("shmm", "shm"), ("memroy", "memory")])
