@@ -78,8 +78,7 @@ class Copier:
             self._wake = wake
 
     def submit(self, batch: Batch) -> None:
-        """Queue a batch. After `stop` it is FAILED at once, so that no batch is left behind by a race
-        with it."""
+        """Queue a batch. After `stop` it is FAILED at once, so that no batch is left behind by a race with it."""
         with self._lock:
             if not self._stopping:
                 if self._thread is None:
@@ -90,8 +89,7 @@ class Copier:
         self.finish(batch, Status.FAILED)
 
     def finish(self, batch: Batch, status: Status) -> None:
-        """Give a batch its last status, let go of its memory and wake the owner. The first status given
-        stays."""
+        """Give a batch its last status, let go of its memory and wake the owner. The first status given stays."""
         with self._lock:
             if batch.drained:
                 return
@@ -131,8 +129,7 @@ class Copier:
         return thread is None or not thread.is_alive()
 
     def give_up_on(self, batch: Batch) -> None:
-        """After a `close` that answered False: an unfinished batch is UNKNOWN until the worker says
-        otherwise."""
+        """After a `close` that answered False: an unfinished batch is UNKNOWN until the worker says otherwise."""
         with self._lock:
             if not batch.drained:
                 batch.status = Status.UNKNOWN

@@ -1,5 +1,4 @@
-"""Reading what a peer says about itself: bounded, typed, and never a reason for anything but a typed
-error."""
+"""Reading what a peer says about itself: bounded, typed, and never a reason for anything but a typed error."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ D = TypeVar("D", bound=HasRegions)
 
 
 def decode(descriptor: bytes, kind: str, version: int, shape: type[D]) -> D:
-    """Raises VersionMismatch for another version of our own descriptor, ProtocolViolation for all that
-    is not one."""
+    """Raises VersionMismatch for another version of our own descriptor, ProtocolViolation for all that is not one."""
     header = _decode(descriptor, kind, _Header)
     if header.kind != kind:
         raise ProtocolViolation(f"a descriptor of transport {header.kind!r}, not of {kind}", transport=kind)

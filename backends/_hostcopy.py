@@ -1,5 +1,4 @@
-"""What the two built-in transports share: local regions, the check of every copy, handles, and an
-orderly end.
+"""What the two built-in transports share: local regions, the check of every copy, handles, and an orderly end.
 
 Both copy host memory with a thread of their own (`_copier`); they differ in how a peer's region becomes
 an address, which is `_target`, and in what a descriptor says.
@@ -25,8 +24,7 @@ from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Stat
 log = logging.getLogger("tensorferry.backends")
 
 MAX_HANDLES = 65_536
-"""Most handles that are posted and not released: a caller that forgets `release` gets an error, not a
-leak."""
+"""Most handles that are posted and not released: a caller that forgets `release` gets an error, not a leak."""
 
 CLOSE_TIMEOUT_S = 5.0
 """How long `close` waits for the chunk that is being copied. One chunk takes about a millisecond."""
@@ -81,8 +79,7 @@ class HostCopyTransport(Transport):
 
     @abstractmethod
     def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[object, int, int, int]]) -> None:
-        """Turn (token, remote offset, source address, bytes) into addresses and submit the batch, now or
-        later."""
+        """Turn (token, remote offset, source address, bytes) into addresses and submit the batch, now or later."""
 
     # ---- memory ------------------------------------------------------------------------------------------
 
@@ -228,8 +225,7 @@ class HostCopyTransport(Transport):
 
     @abstractmethod
     def _close(self, drained: bool) -> None:
-        """Release what the subclass holds. `drained`: nothing that this transport posted can land any
-        more."""
+        """Release what the subclass holds. `drained`: nothing that this transport posted can land any more."""
 
     # ---- checks ------------------------------------------------------------------------------------------
 

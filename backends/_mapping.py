@@ -116,16 +116,14 @@ class Mapping:
         weakref.finalize(self, _unmap, address, nbytes, os.getpid()).atexit = False
 
     def advise(self, advice: int, start: int = 0, nbytes: int | None = None) -> int:
-        """madvise on part of the mapping; 0, or the errno: advice that a kernel does not know is no
-        failure."""
+        """madvise on part of the mapping; 0, or the errno: advice that a kernel does not know is no failure."""
         length = self.nbytes - start if nbytes is None else nbytes
         if _libc.madvise(self.address + start, length, advice) == 0:
             return 0
         return ctypes.get_errno()
 
     def populate(self, start: int = 0, nbytes: int | None = None) -> None:
-        """Bring the pages in now, so that no copy pays for it later. Raises OSError where there is no
-        memory."""
+        """Bring the pages in now, so that no copy pays for it later. Raises OSError where there is no memory."""
         while (code := self.advise(MADV_POPULATE_WRITE, start, nbytes)) in (errno.EINTR, errno.EAGAIN):
             pass
         if code not in (0, errno.EINVAL):  # EINVAL: an older kernel; the pages come with the first write

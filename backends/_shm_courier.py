@@ -1,5 +1,4 @@
-"""The thread of a shm transport that hands its own memory to peers and fetches theirs, over abstract
-unix sockets.
+"""The thread of a shm transport that hands its own memory to peers and fetches theirs, over abstract unix sockets.
 
 Whoever connects must be our own user (the kernel says who it is), must name our instance (which only our
 descriptor tells) and is answered without waiting for it. Bad packets end the connection that they came
@@ -47,8 +46,7 @@ ACCEPT_PAUSE_S = 0.2
 """How long no connection is accepted after accept has failed (out of file descriptors, say)."""
 
 FILL_BYTES = 16 << 20
-"""Pages are brought into a mapping in pieces of this size, about 3 ms each, between which packets are
-answered."""
+"""Pages are brought into a mapping in pieces of this size, about 3 ms each, between which packets are answered."""
 
 STOP_TIMEOUT_S = 5.0
 

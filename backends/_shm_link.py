@@ -1,5 +1,4 @@
-"""One peer of a shm transport, from the writer's side: its memory as it is mapped here, and posts that
-wait for it.
+"""One peer of a shm transport, from the writer's side: its memory as mapped here, and posts that wait for it.
 
 A Link belongs to two threads. The endpoint's thread calls `submit`, `learn` and `watch`; everything else
 runs on the courier's thread, which does the talking, so that a peer that hangs delays nobody but the
@@ -40,8 +39,7 @@ Plan = list[tuple[Any, int, int, int]]
 
 
 class Link:
-    """`watch`: the proof of the peer's end, as far as there is one. `closed`: it told us that it closed,
-    drained."""
+    """`watch`: the proof of the peer's end, as far as there is one. `closed`: it told us that it closed, drained."""
 
     def __init__(self, courier: Courier, told: wire.Descriptor, watch: ProcessWatch | None, patience_s: float) -> None:
         self.watch = watch
@@ -134,8 +132,7 @@ class Link:
             self._ask(missing[: wire.MAX_ASKED])
 
     def end(self, cause: str) -> None:
-        """Nothing more will come of this link: posts that wait are FAILED, later ones are refused with
-        `cause`."""
+        """Nothing more will come of this link: posts that wait are FAILED, later ones are refused with `cause`."""
         with self._lock:
             self._dead = self._dead or cause
         self._hang_up()
@@ -279,8 +276,7 @@ class Link:
         return key in self._refused or offset + nbytes > self._wanted.get(key, 0)
 
     def settle(self) -> None:
-        """Start the posts whose memory has come, fail those whose memory never will, unmap what was
-        retired."""
+        """Start the posts whose memory has come, fail those whose memory never will, unmap what was retired."""
         ready, failed, still = [], [], []
         with self._lock:
             changed = [key for key, mapping in self._mapped.items() if self._wanted.get(key) != mapping.nbytes]

@@ -20,8 +20,7 @@ DESCRIPTOR_VERSION = 1
 SOCKET_VERSION = 1
 MAX_PACKET_BYTES = 4096
 MAX_ASKED = 16
-"""Regions in one request. The answers to it fit into a socket buffer, so that the one who gives never
-waits."""
+"""Regions in one request. The answers to it fit into a socket buffer, so that the one who gives never waits."""
 
 Key = tuple[int, int]
 """(id, generation) of a region."""

@@ -68,8 +68,7 @@ class ShmOptions(Options, frozen=True):
 
 
 class _Slab:
-    """A memfd and its mapping here. The file descriptor serves to hand it to peers; the pages live on
-    without it."""
+    """A memfd and its mapping here. The file descriptor serves to hand it to peers; the pages live on without it."""
 
     __slots__ = ("__weakref__", "_close_fd", "fd", "mapping", "nbytes")
 

@@ -1,4 +1,7 @@
-"""What the Transport contract promises, on the two built-in transports, between two ends of one process."""
+"""What the Transport contract promises, on the two built-in transports, between two ends of one process.
+
+Long because every verb of the contract stands here, each with its refusals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The shm transport's socket against strangers, flooders and liars, on both ends; and its proofs of death."""
+"""The shm transport's socket against strangers, flooders and liars, on both ends; and its proofs of death.
+
+Long because each lie and each refusal is a case of its own.
+"""
 
 from __future__ import annotations
 
