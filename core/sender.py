@@ -349,8 +349,8 @@ class SenderMachine:
         match message:
             case m.Ping():
                 self._send(route, m.Pong(src=self.inc, dst=message.src))
-            case m.ToSender() if self.newest.get(r.name, 0) > message.src:
-                self._on_superseded(r, message)
+            case m.ToSender() if r.gone or self.newest.get(r.name, 0) > message.src:
+                self._on_late(r, message)
             case m.ToSender():
                 self._raise_min_live(r, message.min_live)
                 self._on_transfer_message(r, message)
@@ -404,8 +404,8 @@ class SenderMachine:
             return "a receiver declares an impossible pool"
         return ""
 
-    def _on_superseded(self, r: Receiver, message: m.ToSender) -> None:
-        """From an incarnation that has a successor: nothing begins for it (ID-2), what it waits for is answered."""
+    def _on_late(self, r: Receiver, message: m.ToSender) -> None:
+        """From an incarnation that is gone or has a successor: nothing begins for it (ID-2), its ends are answered."""
         key = (message.src, message.xfer)
         if isinstance(message, m.Revoke) and self._is_drained(key, message.upto):
             self._send_fenced(r.route, key, message.upto)

@@ -35,6 +35,9 @@ BIG = [
     Setup("P23", "two rooms, cancel, UNKNOWN, crash", rooms=2, window=1, faults=Faults(ca=1, tr=1, cs=1), big=True),
     Setup("P24", "two rooms, one destination, suspicion", rooms=2, blocks=3, budget=1, faults=Faults(bu=1), big=True),
     Setup("P25", "both crash, cancel, suspicion", faults=Faults(cs=1, cr=1, ca=1, bu=1), big=True),
+    Setup("R10", "two ranks, sender crash", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cs=1), big=True),
+    Setup("R11", "two ranks, two rooms, cancel", rooms=2, blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1),
+          big=True),
 ]  # fmt: skip
 
 LOANS = [
@@ -82,12 +85,12 @@ RANKS = [
     Setup("R2", "two ranks, two rooms, one destination", rooms=2, blocks=1, pool=1, ranks=2, budget=1),
     Setup("R3", "two ranks, cancel", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1)),
     Setup("R4", "two ranks, the sender cancels", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(sa=1)),
-    Setup("R5", "two ranks, sender crash", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cs=1)),
+    Setup("R5", "two ranks, a dummy leads, sender crash", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,),
+          faults=Faults(cs=1)),
     Setup("R6", "two ranks, a receiver crashes", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cr=1)),
     Setup("R7", "three ranks, one without data", blocks=1, pool=1, ranks=3, budget=1, dummies=(2,)),
     Setup("R8", "two ranks, a dummy leads, cancel", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,), faults=Faults(ca=1)),
-    Setup("R10", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
-    Setup("R9", "two ranks, two rooms, cancel", rooms=2, blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1)),
+    Setup("R9", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
 ]  # fmt: skip
 
 REQUIRED = [*P, *LOANS, *RANKS, *EXTRA]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorferry.conformance.explore.search import Edge, State, Violation
 from tensorferry.conformance.explore.step import Flight, Offering, Proof, Step, Want
+from tensorferry.core import messages as m
 
 if TYPE_CHECKING:
     from tensorferry.conformance.explore.world import SearchWorld
@@ -288,6 +289,7 @@ def _sender_crash(step: Step, process: int) -> None:
     for rank in range(setup.ranks):  # whoever goes on speaking to the old incarnation learns of the new one
         step.net |= world.repeated((step.procs[rank],))
         step.run(rank, ("heartbeat", world.shop.build.name(process)))
+    step.net |= _introductions(step, process)
     step.procs[process] = world.shop.fresh(process, old + 1)
     if "no_proof" not in setup.mutant:
         step.proofs = tuple(sorted(
@@ -304,6 +306,18 @@ def _sender_crash(step: Step, process: int) -> None:
         for room, offer in enumerate(step.offers):
             if step.process_of(room) == process and offer.end == "":
                 step.offer(room)
+
+
+def _introductions(step: Step, process: int) -> int:
+    """The first Hellos of receivers: too late for this incarnation of the sender, and not for the next."""
+    bits = 0
+    for k, mail in enumerate(step.world.shop.mail):
+        if mail.to == process and isinstance(mail.message, m.Hello) and not mail.message.dst:
+            number = step.procs[int(mail.route[1:])]
+            now, said = step.world.incarnation(number), mail.message.src
+            if said < now or (said == now and step.world.view(number).asked):
+                bits |= 1 << k
+    return bits
 
 
 def _receiver_crash(step: Step, rank: int) -> None:

@@ -32,8 +32,6 @@ def _if(dead: bool) -> Late:
 def judge(machine: Machine, mail: Mail, setup: Setup) -> Late:
     if isinstance(machine, ReceiverMachine):
         return _at_receiver(machine, mail.route, mail.message, setup)
-    if setup.faults.cs and isinstance(mail.message, m.Hello):
-        return Late.NO  # it introduces its receiver to a successor, too
     return _at_sender(machine, mail.message)
 
 
@@ -132,7 +130,7 @@ def _at_sender(s: SenderMachine, msg: m.Message) -> Late:
         return Late.YES
     if msg.min_live > r.min_live:
         return Late.NO
-    if s.newest.get(r.name, 0) > msg.src:
+    if r.gone or s.newest.get(r.name, 0) > msg.src:
         return Late.REPLY if isinstance(msg, (m.Revoke, m.Close)) else Late.YES
     key = (msg.src, msg.xfer)
     over = msg.xfer < r.min_live or msg.xfer in r.closed

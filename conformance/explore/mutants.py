@@ -262,7 +262,7 @@ MUTANTS = [
             collect=True),
     _mutant("admitted_once", "Admitted is not said again after the vote", STUCK, by_name("R1"),
             receiver_class=NeverRepeatsAdmitted),
-    _mutant("late_question", "a late question binds the next use", STUCK, by_name("R10"),
+    _mutant("late_question", "a late question binds the next use", STUCK, by_name("R9"),
             receiver_class=TakesLateQuestions, collect=True),
     _mutant("introduced_once", "a closing transfer does not introduce itself", STUCK, by_name("O12"),
             receiver_class=IntroducedOnce, collect=True),

@@ -29,6 +29,7 @@ class View:
     fencing: tuple[int, ...] = ()  # incarnations with blocks in quarantine
     promised: tuple[int, ...] = ()  # xfers of a follower that has voted yes
     given_up: tuple[int, ...] = ()  # xfers that wait for a verdict only
+    asked: bool = False  # for any room, ever
     slots: tuple[int, ...] = ()
     writes: dict[tuple[int, int, int, int], frozenset[int]] = field(default_factory=dict)
     receivers: tuple[int, ...] = ()
@@ -47,6 +48,7 @@ def _receiver(r: ReceiverMachine, window: int | str) -> View:
         repeating=tuple(sorted(r.transfers.keys() | r.decisions.uses.keys())),
         promised=tuple(t.xfer for t in r.transfers.values() if t.phase is Phase.VOTED and t.error is None),
         given_up=tuple(t.xfer for t in r.transfers.values() if t.error is not None or t.plea is not None),
+        asked=r.next_xfer > 1,
         fencing=tuple(sorted({q.sender for q in r.pool.quarantined.values()})),
     )  # fmt: skip
     view.wrong = _wrong(r, window)
