@@ -234,7 +234,8 @@ class ReceiverMachine:
         if not t.closed and (not peer.usable or peer.ack < self.hello.revision):  # before it, nothing else is heard
             self._send(t.route, self._hello(peer))
         if t.sender:
-            if t.live and not t.announced:
+            waits = t.phase is not Phase.VOTED and not t.out  # nothing else says that we are still here for it
+            if t.live and (waits or not t.announced):
                 self._send_open(t)
             if t.phase in (Phase.ACTIVE, Phase.VOTED) and self._admits(t):
                 self._to_sender(t, m.Admitted)

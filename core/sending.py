@@ -226,6 +226,9 @@ class Sender(Endpoint):
         bound = {b.receiver for slot in machine.slots.values() for b in slot.bindings.values()}
         for receiver in bound:
             self._watch_receiver(receiver, now, keys)
+        for receiver, target in list(self._poster.targets.items()):  # whoever came and went: keep none of its memory
+            if receiver not in bound and self.transport.peer_state(target.peer) is PeerState.GONE:
+                self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
             keys.add(("slot", slot.id))
             if watches.repeat(("slot", slot.id), slot.touched, now):
