@@ -71,6 +71,10 @@ class BlockPool:
         return len(self._free)
 
     @property
+    def free_blocks(self) -> list[int]:
+        return list(self._free)
+
+    @property
     def grantable(self) -> int:
         return sum(stop - start for start, stop in self._pieces())
 

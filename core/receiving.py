@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
     FerryError,
+    InternalError,
     PeerLost,
     PeerUnreachable,
     PoolTimeout,
@@ -56,7 +57,8 @@ class Known:
 class Receiver(Endpoint):
     """Receives rooms into a pool of its own. `group`: this rank's place, if there are several.
 
-    `transport` is used by this endpoint alone and closed with it. `choose` picks blocks (for tests of the protocol).
+    `transport` is used by this endpoint alone and closed with it. `choose` picks blocks (for tests of the protocol),
+    `poison` fills free blocks with a pattern and looks for it when they are granted (see `stale_writes`).
     Raises ConfigError for a bad leader's address, TransportError or OSError where the pool's memory cannot be had.
     """
 
@@ -86,8 +88,17 @@ class Receiver(Endpoint):
             layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=settings.pool_blocks,
             slabs=self.geometry.slab_count, regions=m.pack_regions(regions), offers=self._offers(), revision=1, ack=0,
         )  # fmt: skip
+        self.stale_writes: list[str] = []
+        """With `poison`: writes found in blocks that nobody had been granted. Empty, unless there is a defect."""
+        self._poisoned: set[int] = set(range(settings.pool_blocks)) if poison else set()
+
+        def pick(pieces: list[tuple[int, int]], n: int) -> list[int]:
+            chosen = choose(pieces, n)
+            self._check_poison(chosen)
+            return chosen
+
         self.machine = ReceiverMachine(
-            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, choose), self._policy(), group
+            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick), self._policy(), group
         )
         self.machine.generations = [generation for _, generation in regions]
         self._gatherer = Gatherer(transport, self._buffers, self.machine, self._do)
@@ -238,6 +249,22 @@ class Receiver(Endpoint):
         self.machine.hello = self.machine.hello_with(self._offers())
         regions = m.pack_regions(self._buffers.regions())
         self._do(self.machine.slab_replaced(slab, region.generation, regions))
+
+    def _do(self, effects: Iterable[fx.Effect]) -> None:
+        super()._do(effects)
+        if self._buffers.poisoning:
+            free = set(self.machine.pool.free_blocks)
+            for block in free - self._poisoned:
+                self._buffers.poison(block)
+            self._poisoned = free
+
+    def _check_poison(self, blocks: Iterable[int]) -> None:
+        for block in self._poisoned.intersection(blocks):
+            try:
+                self._buffers.check_poison(block)
+            except InternalError as problem:
+                self.stale_writes.append(str(problem))
+                log.error("%s", problem)
 
     # ---- what callers see --------------------------------------------------------------------------------------
 

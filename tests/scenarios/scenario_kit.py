@@ -1,4 +1,4 @@
-"""Shared by the scenario tests: a quay with one sender and its receivers, rows, allocators, and the books afterwards."""
+"""Shared by the scenario tests: a quay (one sender, its receivers), rows, allocators, and the books afterwards."""
 
 from __future__ import annotations
 
@@ -140,6 +140,8 @@ def assert_clean(*ends: Any, within: float = PATIENCE) -> None:
         assert end.free_blocks == end.pool_blocks
         if hasattr(end, "_buffers"):
             end._call(end.machine.pool.audit)
+            end._call(lambda r=end: r._check_poison(range(r.pool_blocks)))
+            assert not end.stale_writes
 
 
 # ---- the quay ------------------------------------------------------------------------------------------------
