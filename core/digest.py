@@ -29,8 +29,9 @@ SAMPLE_FROM_BYTES = 16 * 1024
 """Components with fewer bytes in a block are hashed in full in `sampled`."""
 
 CHUNK_BYTES = 64 * 1024
-"""xxhash lets go of the interpreter lock for longer inputs, and a busy thread then keeps it for 5 ms: 0.2 GB/s instead
-of 12 beside one (measured). In pieces of this size the lock is kept; alone on the machine that costs a fifth."""
+"""xxhash lets go of the interpreter lock for longer inputs, and a busy thread may then keep it for 5 ms: down to 0.2
+GB/s beside one instead of 12. In pieces of this size the lock is kept, which costs a quarter of the rate otherwise
+(benchmarks/memory_rates.py)."""
 
 _POSITION = struct.Struct("<QQQ")
 _COMPONENT = struct.Struct("<QI")

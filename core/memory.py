@@ -71,9 +71,10 @@ def advise_huge_pages(memory: Memory) -> None:
 def copy_bytes(target: memoryview, source: memoryview) -> None:
     """Copy one view over another of the same length (ValueError otherwise), in chunks.
 
-    Slice assignment keeps the interpreter lock. That is the point: a lock that is let go for a copy of 60 us is got
-    back from a busy thread (a scheduler's loop) only after its switch interval of 5 ms, and 1 MiB copies fall from
-    8 to 0.2 GB/s (measured). Between chunks the interpreter may switch, so nobody waits longer than it would anyway.
+    Slice assignment keeps the interpreter lock. That is the point: a lock that is let go for a copy of 60 us may come
+    back from a busy thread (a scheduler's loop) only after its switch interval of 5 ms, and 1 MiB copies then fall from
+    8 to as little as 0.2 GB/s (benchmarks/memory_rates.py). Between chunks the interpreter may switch, so nobody waits
+    longer than it would anyway.
     """
     if len(target) != len(source):
         raise ValueError(f"{len(source)} bytes do not fit {len(target)}")
