@@ -43,6 +43,11 @@ class Ranges:
     def __repr__(self) -> str:
         return f"Ranges({self.ranges()})"
 
+    @property
+    def pieces(self) -> int:
+        """How many ranges: what the set costs."""
+        return len(self._starts)
+
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """The canonical form: ((start, stop), ...)."""
         return tuple(zip(self._starts, self._stops, strict=True))

@@ -31,6 +31,10 @@ Snapshot = tuple[Any, ...]
 
 EVERY_EPOCH = (1 << 32) - 1
 
+MOST_TOMBSTONES = 1 << 16
+"""Ranges of closed transfers of one receiver's incarnation, above its `min_live`: at most one more than it can have
+rooms live at once, which is far below this (MSG-5)."""
+
 
 @dataclass(slots=True)
 class Binding:
@@ -400,7 +404,7 @@ class SenderMachine:
             return "a receiver declares another layout"
         if hello.block_size != ours.block_size:
             return f"a receiver has block size {hello.block_size}, this side {ours.block_size}"
-        if not hello.pool_blocks or not 0 < hello.slabs <= hello.pool_blocks:
+        if not 0 < hello.slabs <= hello.pool_blocks <= m.MAX_BLOCKS_IN_MESSAGE or len(hello.regions) != 8 * hello.slabs:
             return "a receiver declares an impossible pool"
         return ""
 
@@ -525,6 +529,9 @@ class SenderMachine:
             self.ignored["malformed"] += 1
             return
         per_slab = -(-r.hello.pool_blocks // r.hello.slabs)
+        if sum(count for _, _, count, _ in runs) > r.hello.pool_blocks:
+            self.ignored["grant outside the pool"] += 1
+            return
         for _, block, count, _ in runs:
             if block + count > r.hello.pool_blocks or block // per_slab != (block + count - 1) // per_slab:
                 self.ignored["grant outside the pool"] += 1  # a peer's number is never trusted (R13)
@@ -543,7 +550,8 @@ class SenderMachine:
             del b.done[index]
         for first, block, count, generation in runs:
             for k in range(count):
-                if first + k not in b.posted:  # at most one post per (epoch, index) (WS-1)
+                # At most one post per (epoch, index) (WS-1); a pool holds no more than its blocks (MSG-5).
+                if first + k not in b.posted and len(b.pending) < r.hello.pool_blocks:
                     b.pending.setdefault(first + k, (block + k, generation))
         last = max(first + count for first, _, count, _ in runs) if runs else 0
         if slot.offer is not None and 0 < b.high < last:
@@ -615,6 +623,9 @@ class SenderMachine:
     def _on_close(self, r: Receiver, key: tuple[int, int], close: m.Close) -> None:
         slot_id = self.where.get(key)
         if slot_id is None:
+            if r.closed.pieces >= MOST_TOMBSTONES and key[1] not in r.closed:
+                self.ignored["too many closed"] += 1
+                return
             if key[1] >= r.min_live:
                 r.closed.add(key[1])  # an Open that is still on its way must find it over (ID-3)
                 r.revoked.pop(key[1], None)
