@@ -36,6 +36,7 @@ def test_ranges_are_canonical(edits: list[tuple[str, tuple[int, int]]]) -> None:
     """One set, one form: disjoint, sorted, not empty, not adjacent; else snapshots of equal states would differ."""
     ranges, model = build(edits)
     rows = ranges.ranges()
+    assert ranges.pieces == len(rows)
     assert all(start < stop for start, stop in rows)
     assert all(one[1] < other[0] for one, other in itertools.pairwise(rows))
     assert ranges == Ranges((n, n + 1) for n in sorted(model, reverse=True))
