@@ -94,7 +94,7 @@ def test_any_rows_come_out_as_they_went_in(transport: type[PlainTransport], data
     for start, stop in zip([0, *cuts], [*cuts, total], strict=True):
         source.put(start, **{name: tensor[start:stop] for name, tensor in rows.items()})
     pool = PoolBuffers(transport(), layout, geometry)
-    staging = Staging(transport(), 1 << 20)
+    staging = Staging(transport(), 2 << 20)
     destination = Destination(layout, total, names)
 
     # Runs of any length, in any order, each into blocks that held something else before.
@@ -108,7 +108,8 @@ def test_any_rows_come_out_as_they_went_in(transport: type[PlainTransport], data
     order.shuffle(runs)
     for index, count in runs:
         block = geometry.slab_blocks(order.randrange(geometry.slab_count)).start
-        count_here = min(count, len(geometry.slab_blocks(geometry.slab_of(block))))
+        plan = slab_plan(layout, geometry, geometry.slab_of(block))
+        count_here = min(count, staging.max_blocks(plan, names))
         for first in range(index, index + count, count_here):
             many = min(count_here, index + count - first)
             write(source, pool, staging, first, block, many)
