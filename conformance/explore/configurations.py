@@ -77,7 +77,8 @@ EXTRA = [
     Setup("X10", "two sender crashes", blocks=1, faults=Faults(cs=2)),
     Setup("X11", "two receiver crashes", blocks=1, faults=Faults(cr=2)),
     Setup("X12", "one sender serves two rooms", rooms=2, pool=1, window=1, one_sender=True, faults=Faults(cs=1)),
-    Setup("X13", "one sender, two rooms, receiver crash", rooms=2, blocks=1, window=1, one_sender=True, faults=Faults(cr=1)),
+    Setup("X13", "one sender, two rooms, receiver crash", rooms=2, blocks=1, window=1, one_sender=True,
+          faults=Faults(cr=1)),
 ]  # fmt: skip
 
 RANKS = [
@@ -89,7 +90,8 @@ RANKS = [
           faults=Faults(cs=1)),
     Setup("R6", "two ranks, a receiver crashes", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cr=1)),
     Setup("R7", "three ranks, one without data", blocks=1, pool=1, ranks=3, budget=1, dummies=(2,)),
-    Setup("R8", "two ranks, a dummy leads, cancel", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,), faults=Faults(ca=1)),
+    Setup("R8", "two ranks, a dummy leads, cancel", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,),
+          faults=Faults(ca=1)),
     Setup("R9", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
 ]  # fmt: skip
 

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 CS, CR, TR, CO, CA, SA, BU, OV, RL, PS, RE = range(11)
 
 
-def _edge(
-    world: SearchWorld, state: State, label: tuple[Any, ...], act: Callable[[Step], object], fault: int = -1
-) -> Edge:
+Act = Callable[..., object]
+Add = Callable[..., None]
+
+
+def _edge(world: SearchWorld, state: State, label: tuple[Any, ...], act: Act, *about: Any, fault: int = -1) -> Edge:
+    """`act(step, *about)`, as an edge. A fault takes from its budget."""
     step = Step(world, state)
     if fault >= 0:
         b = step.budget
         step.budget = (*b[:fault], b[fault] - 1, *b[fault + 1 :])
     try:
-        act(step)
+        act(step, *about)
     except Violation as violation:
         return Edge(label, fault < 0, violation)
     return Edge(label, fault < 0, world.settle(step))
@@ -40,9 +43,9 @@ def normal(world: SearchWorld, state: State) -> list[Edge]:
     if "timer_fence" in world.setup.mutant:
         for rank in range(world.setup.ranks):
             if world.view(state[0][rank]).fencing:
-                found.append(_edge(world, state, ("quarantine times out", rank), lambda s, r=rank: s.run(r, ("timer",))))
+                found.append(_edge(world, state, ("quarantine times out", rank), Step.run, rank, ("timer",)))
     for job in dict.fromkeys(state[7]):
-        found.append(_edge(world, state, ("gather ends", job), lambda s, job=job: _gather(s, job)))
+        found.append(_edge(world, state, ("gather ends", job), _gather, job))
     return found
 
 
@@ -56,10 +59,10 @@ def _deliveries(world: SearchWorld, state: State) -> Iterator[Edge]:
         to = shop.mail[k].to
         number = state[0][to]
         ran = shop.run(number, ("msg", k))
-        if ran.after == number and ran.error is None:
-            if all(todo[0] == "send" and net >> todo[1] & 1 for todo in ran.todo):
-                continue
-        yield _edge(world, state, ("deliver", k), lambda s, to=to, k=k: _deliver(s, to, k, split))
+        idle = ran.after == number and ran.error is None
+        if idle and all(todo[0] == "send" and net >> todo[1] & 1 for todo in ran.todo):
+            continue
+        yield _edge(world, state, ("deliver", k), _deliver, to, k, split)
 
 
 def _deliver(step: Step, to: int, k: int, split: bool) -> None:
@@ -75,11 +78,11 @@ def _landings(world: SearchWorld, state: State) -> list[Edge]:
         if f in flights[:k]:
             continue
         if f.placed:
-            found.append(_edge(world, state, ("becomes visible", f), lambda s, f=f: _visible(s, f)))
+            found.append(_edge(world, state, ("becomes visible", f), _visible, f))
             continue
-        found.append(_edge(world, state, ("lands", f), lambda s, f=f: _land(s, f, True, split)))
+        found.append(_edge(world, state, ("lands", f), _land, f, True, split))
         if f.unknown:
-            found.append(_edge(world, state, ("drains without landing", f), lambda s, f=f: _vanish(s, f)))
+            found.append(_edge(world, state, ("drains without landing", f), _vanish, f))
     return found
 
 
@@ -121,11 +124,13 @@ def _proofs(world: SearchWorld, state: State) -> list[Edge]:
         number = state[0][proof.to]
         if proof.to < world.setup.ranks:
             if world.setup.proof:
-                found.append(_edge(world, state, ("proved gone", *proof), lambda s, p=proof: _gone(s, p)))
+                found.append(_edge(world, state, ("proved gone", *proof), _gone, proof))
             elif proof.about in world.view(number).fencing:
-                found.append(_edge(world, state, ("fence overdue", *proof), lambda s, p=proof: s.run(p.to, ("overdue", p.about))))
+                found.append(
+                    _edge(world, state, ("fence overdue", *proof), Step.run, proof.to, ("overdue", proof.about))
+                )
         elif proof.about in world.view(number).receivers:
-            found.append(_edge(world, state, ("receiver lost", *proof), lambda s, p=proof: _gone(s, p)))
+            found.append(_edge(world, state, ("receiver lost", *proof), _gone, proof))
     return found
 
 
@@ -141,12 +146,10 @@ def _gone(step: Step, proof: Proof) -> None:
 def _applications(world: SearchWorld, state: State) -> list[Edge]:
     found, setup, offers = [], world.setup, state[5]
     for room, offer in enumerate(offers):
-        if offer.end == "" and not (
-            setup.one_by_one and room == 0 and any(o.end in ("", "w") for o in offers[1:])
-        ):
-            found.append(_edge(world, state, ("offer", room), lambda s, room=room: s.offer(room)))
+        if offer.end == "" and not (setup.one_by_one and room == 0 and any(o.end in ("", "w") for o in offers[1:])):
+            found.append(_edge(world, state, ("offer", room), Step.offer, room))
         if offer.end == "w" and offer.ready < setup.blocks:
-            found.append(_edge(world, state, ("extend", room), lambda s, room=room: _extend(s, room)))
+            found.append(_edge(world, state, ("extend", room), _extend, room))
     return found
 
 
@@ -168,28 +171,29 @@ def patience(world: SearchWorld, state: State) -> list[Edge]:
     again = _edge(world, state, ("timers speak again",), say)
     if again.state != state:
         return [again]
-    found, setup = [], world.setup
+    found, setup, ranks = [], world.setup, world.setup.ranks
     for room, offer in enumerate(state[5]):
         wants = [state[4][rank * setup.rooms + room] for rank in range(setup.ranks)]
         over = all(want.end not in ("", "w") for want in wants)
         if offer.end == "w" and over:
-            found.append(_edge(world, state, ("deadline of offer", room), lambda s, o=offer, room=room: s.run(
-                s.process_of(room), ("cancel", o.serial))))  # fmt: skip
+            server, event = ranks + setup.serves(room), ("cancel", offer.serial)
+            found.append(_edge(world, state, ("deadline of offer", room), Step.run, server, event))
         failed = any(want.end not in ("", "w", "ok") for want in wants)
         for rank, want in enumerate(wants):
             if want.end != "w":
                 continue
             if want.xfer not in world.view(state[0][rank]).given_up:
                 if offer.end not in ("", "w") or failed or setup.faults.cr:
-                    found.append(_edge(world, state, ("deadline of rank", rank, room), lambda s, r=rank, w=want: s.run(
-                        r, ("fail", w.xfer))))  # fmt: skip
+                    event = ("fail", want.xfer)
+                    found.append(_edge(world, state, ("deadline of rank", rank, room), Step.run, rank, event))
             elif rank and setup.faults.cr:  # a leader that came back cannot say what its predecessor decided
-                found.append(_edge(world, state, ("framework drops", rank, room), lambda s, r=rank, w=want: s.run(
-                    r, ("resolve", w.xfer, False))))  # fmt: skip
+                found.append(_edge(
+                    world, state, ("framework drops", rank, room), Step.run, rank, ("resolve", want.xfer, False)
+                ))  # fmt: skip
     if not found:
         for k in range(setup.ranks, setup.ranks + setup.senders):
-            for slot in world.view(state[0][k]).slots:
-                found.append(_edge(world, state, ("force end", k, slot), lambda s, k=k, slot=slot: s.run(k, ("force", slot))))
+            slots = world.view(state[0][k]).slots
+            found += [_edge(world, state, ("force end", k, slot), Step.run, k, ("force", slot)) for slot in slots]
     return found
 
 
@@ -203,8 +207,8 @@ def faults(world: SearchWorld, state: State) -> list[Edge]:
     found: list[Edge] = []
     setup, ranks = world.setup, world.setup.ranks
 
-    def add(fault: int, label: tuple[Any, ...], act: Callable[[Step], object]) -> None:
-        found.append(_edge(world, state, label, act, fault))
+    def add(fault: int, label: tuple[Any, ...], act: Act, *about: Any) -> None:
+        found.append(_edge(world, state, label, act, *about, fault=fault))
 
     if budget[CS]:
         for k in range(setup.senders):
@@ -215,51 +219,61 @@ def faults(world: SearchWorld, state: State) -> list[Edge]:
             add(CR, ("receiver crashes", rank), lambda s, rank=rank: _receiver_crash(s, rank))
     if budget[CO] and not setup.split:
         for f in dict.fromkeys(state[1]):
-            add(CO, ("lands corrupted", f), lambda s, f=f: _land(s, f, False, False))
+            add(CO, ("lands corrupted", f), _land, f, False, False)
     if budget[TR]:
         for f in dict.fromkeys(state[1]):
             if not f.placed and not f.unknown and world.incarnation(state[0][f.sender]) == f.incarnation:
-                add(TR, ("FAILED", f), lambda s, f=f: _failed(s, f))
+                add(TR, ("FAILED", f), _failed, f)
         for sender, write in dict.fromkeys((f.sender, f.write) for f in state[1] if not f.placed and not f.unknown
                                            and world.incarnation(state[0][f.sender]) == f.incarnation):  # fmt: skip
-            add(TR, ("UNKNOWN", write), lambda s, sender=sender, write=write: _unknown(s, sender, write))
+            add(TR, ("UNKNOWN", write), _unknown, sender, write)
     for rank in range(ranks):
         _receiver_faults(world, state, rank, add)
     if budget[SA]:
         for room, offer in enumerate(state[5]):
             if offer.end == "w":
-                add(SA, ("sender cancels", room), lambda s, o=offer, room=room: s.run(s.process_of(room), ("cancel", o.serial)))
+                add(
+                    SA,
+                    ("sender cancels", room),
+                    Step.run,
+                    ranks + setup.serves(room),
+                    ("cancel", offer.serial),
+                )
     if budget[RL]:
         for k in range(setup.senders):
             for inc in world.view(state[0][ranks + k]).receivers:
                 if any(world.incarnation(state[0][r]) == inc for r in range(ranks)):
-                    add(RL, ("receiver believed lost", k, inc), lambda s, k=k, inc=inc: s.run(ranks + k, ("lost", inc, False)))
+                    add(
+                        RL,
+                        ("receiver believed lost", k, inc),
+                        Step.run,
+                        ranks + k,
+                        ("lost", inc, False),
+                    )
     if budget[RE]:
         for room, offer in enumerate(state[5]):
             wants = [state[4][rank * setup.rooms + room] for rank in range(ranks)]
             if offer.end not in ("", "w") and all(w.end not in ("", "w") for w in wants) and offer.released:
-                add(RE, ("room used again", room), lambda s, room=room: _again(s, room))
+                add(RE, ("room used again", room), _again, room)
     return found
 
 
-def _receiver_faults(
-    world: SearchWorld, state: State, rank: int, add: Callable[[int, tuple[Any, ...], Callable[[Step], object]], None]
-) -> None:
+def _receiver_faults(world: SearchWorld, state: State, rank: int, add: Add) -> None:
     budget, setup, view = state[9], world.setup, world.view(state[0][rank])
     if budget[CA]:
         for room in range(setup.rooms):
             want = state[4][rank * setup.rooms + room]
             if want.end == "w":
-                add(CA, ("receiver cancels", rank, room), lambda s, room=room: _cancel(s, rank, room))
+                add(CA, ("receiver cancels", rank, room), _cancel, rank, room)
     if budget[BU]:
         for xfer in view.granting:
-            add(BU, ("suspicion", rank, xfer), lambda s, xfer=xfer: s.run(rank, ("suspect", xfer)))
+            add(BU, ("suspicion", rank, xfer), Step.run, rank, ("suspect", xfer))
     if budget[OV]:
         for inc in view.fencing:
-            add(OV, ("fence overdue", rank, inc), lambda s, inc=inc: s.run(rank, ("overdue", inc)))
+            add(OV, ("fence overdue", rank, inc), Step.run, rank, ("overdue", inc))
     if budget[PS]:
         for k in range(setup.senders):
-            add(PS, ("sender believed lost", rank, k), lambda s, k=k: s.run(rank, ("silent", f"s{k}")))
+            add(PS, ("sender believed lost", rank, k), Step.run, rank, ("silent", f"s{k}"))
 
 
 def _cancel(step: Step, rank: int, room: int) -> None:
@@ -271,8 +285,8 @@ def _cancel(step: Step, rank: int, room: int) -> None:
 
 
 def _failed(step: Step, f: Flight) -> None:
-    step.flights = tuple(g for g in step.flights if (g.sender, g.incarnation, g.write, g.index) != f[:4])
-    step.run(f.sender, ("failed", f.write, f.index))
+    step.flights = tuple(g for g in step.flights if (g.sender, g.incarnation, g.write, g.at) != f[:4])
+    step.run(f.sender, ("failed", f.write, f.at))
 
 
 def _unknown(step: Step, sender: int, write: tuple[int, int, int, int]) -> None:

@@ -14,7 +14,15 @@ import msgspec
 
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
-from tensorferry.core.errors import Cancelled, FerryError, InternalError, Overloaded, PeerLost, RoomInUse, DeadlineExceeded
+from tensorferry.core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FerryError,
+    InternalError,
+    Overloaded,
+    PeerLost,
+    RoomInUse,
+)
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.sender import SenderMachine
 from tensorferry.core.transfer import Facts

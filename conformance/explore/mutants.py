@@ -211,6 +211,10 @@ class Mutant:
     setup: Setup
     dies_of: tuple[str, ...]
 
+    def killed_by(self, violation: str | None) -> bool:
+        """By what it was meant for, not by some accident."""
+        return violation is not None and violation.removeprefix("after total loss: ").startswith(self.dies_of)
+
 
 STALE = ("I2",)
 WRONG = ("I3",)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from tensorferry.conformance.explore.machines import LEADER, Build
 from tensorferry.core import messages as m
 from tensorferry.core.allocator import BlockPool
 from tensorferry.core.group import SOLO, Group
 from tensorferry.core.policy import ReceiverPolicy
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.sender import SenderMachine
-
-from tensorferry.conformance.explore.machines import LEADER, Build
 
 
 class Faults(NamedTuple):
@@ -31,6 +30,9 @@ class Faults(NamedTuple):
     re: int = 0  # the room is used again after its end
 
 
+NONE = Faults()
+
+
 @dataclass(frozen=True)
 class Setup:
     """One configuration. `mutant` names what is broken in the world; mutated machines come as `make`."""
@@ -45,7 +47,7 @@ class Setup:
     budget: int = 9  # destinations at once
     slabs: int = 1
     first_grant: int = 0  # of a loan; 0: announced mode
-    faults: Faults = Faults()
+    faults: Faults = NONE
     split: bool = False  # completion and visibility are separate
     retry: bool = False  # the transport's library posts each write twice
     same: bool = False  # a restarted sender offers the same content

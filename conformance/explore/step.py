@@ -17,7 +17,7 @@ class Flight(NamedTuple):
     sender: int
     incarnation: int
     write: tuple[int, int, int, int]
-    index: int
+    at: int
     target: int
     generation: int
     block: int
@@ -50,7 +50,7 @@ class Bytes(NamedTuple):
 
     xfer: int
     content: int
-    index: int
+    at: int
     intact: bool
 
 
@@ -160,8 +160,7 @@ class Step:
 
     def post(self, process: int, todo: Todo) -> None:
         _, write, serial, target, _, _, runs = todo
-        room = next((k for k, o in enumerate(self.offers)
-                     if self.process_of(k) == process and o.serial == serial), None)  # fmt: skip
+        room = self.offered(process, serial)
         if room is None or self.offers[room].released:
             raise Violation(f"WM-6 a write of {write} reads rows that are released")
         incarnation = self.world.incarnation(self.procs[process])
@@ -186,7 +185,7 @@ class Step:
         """Bytes become visible."""
         if self.reaches(f):
             blocks = list(self.memory[f.target])
-            blocks[f.block] = Bytes(f.write[1], f.content, f.index, intact)
+            blocks[f.block] = Bytes(f.write[1], f.content, f.at, intact)
             self.memory = (*self.memory[: f.target], tuple(blocks), *self.memory[f.target + 1 :])
 
     def flush(self, rank: int) -> None:
@@ -202,14 +201,14 @@ class Step:
 
     def complete(self, f: Flight) -> None:
         """A write is over. Its sender is told once no attempt at it is left (WS-2)."""
-        left = [g for g in self.flights if (g.sender, g.incarnation, g.write, g.index) == f[:4] and not g.placed]
+        left = [g for g in self.flights if (g.sender, g.incarnation, g.write, g.at) == f[:4] and not g.placed]
         early = "undrained_ok" in self.setup.mutant  # told at the first attempt's end, not at the last one's
         if not self.alive(f) or bool(left) != early:
             return
         if f.unknown:
-            self.run(f.sender, ("drained", f.write, f.index))
+            self.run(f.sender, ("drained", f.write, f.at))
         else:
-            self.run(f.sender, ("done", f.write, f.index, digest(f.write[1], f.content, f.index)))
+            self.run(f.sender, ("done", f.write, f.at, digest(f.write[1], f.content, f.at)))
 
     # ---- the receiver's driver ----------------------------------------------------------------------------------
 
@@ -222,9 +221,9 @@ class Step:
         good, bad, rows = [], [], {}
         for index, block, said in job.items:
             there = self.memory[job.rank][block]
-            real = there is not None and there.intact and digest(*there[:3]) == said and there.index == index
+            real = there is not None and there.intact and digest(*there[:3]) == said and there.at == index
             if real or "no_digest" in self.setup.mutant:
-                if there is None or not there.intact or (there.xfer, there.index) != (job.xfer, index):
+                if there is None or not there.intact or (there.xfer, there.at) != (job.xfer, index):
                     raise Violation(f"I3 wrong rows accepted: index {index} of xfer {job.xfer} is {there}")
                 good.append(index)
                 rows[index] = there.content
@@ -245,6 +244,11 @@ class Step:
     def process_of(self, room: int) -> int:
         return self.setup.ranks + self.setup.serves(room)
 
+    def offered(self, process: int, serial: int) -> int | None:
+        """The room under which that process offers `serial`."""
+        rooms = (k for k, o in enumerate(self.offers) if self.process_of(k) == process and o.serial == serial)
+        return next(rooms, None)
+
     def set_want(self, rank: int, room: int, want: Want) -> None:
         at = rank * self.setup.rooms + room
         self.wants = (*self.wants[:at], want, *self.wants[at + 1 :])
@@ -258,14 +262,12 @@ class Step:
 
     def offer(self, room: int) -> int:
         ready = 0 if self.setup.trickle else self.setup.blocks
-        return self.run(
-            self.process_of(room), ("offer", room, self.setup.blocks, self.offers[room].content, ready)
-        )
+        return self.run(self.process_of(room), ("offer", room, self.setup.blocks, self.offers[room].content, ready))
 
     def ended(self, process: int, key: int, how: str) -> None:
         setup = self.setup
         if process >= setup.ranks:
-            room = next((k for k, o in enumerate(self.offers) if self.process_of(k) == process and o.serial == key), None)
+            room = self.offered(process, key)
             if room is None or self.offers[room].end != "w":
                 raise Violation(f"CN-2 the sending application is told an end twice, or of nothing: serial {key} {how}")
             self.set_offer(room, self.offers[room]._replace(end=how))
@@ -310,7 +312,7 @@ class Step:
                     raise Violation(f"TP-2 rank {rank} lacks rows of room {room}, and another runs it: {rows}")
 
     def release(self, process: int, serial: int) -> None:
-        room = next((k for k, o in enumerate(self.offers) if self.process_of(k) == process and o.serial == serial), None)
+        room = self.offered(process, serial)
         if room is None or self.offers[room].released:
             raise Violation(f"WM-6 the source of serial {serial} is released twice")
         if any(f.sender == process and f.serial == serial and self.alive(f) and not f.placed for f in self.flights):

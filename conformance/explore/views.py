@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tensorferry.conformance.explore.machines import Machine
@@ -57,9 +58,14 @@ def _receiver(r: ReceiverMachine, window: int | str) -> View:
         "granted": r.pool.granted, "quarantined": r.pool.quarantined, "retiring": r.pool.retiring,
         "replacing": r.replacing, "budget": r.budget_used,
     }  # fmt: skip
-    view.left = ", ".join(f"{name}={list(kept) if isinstance(kept, dict) else kept}" for name, kept in tables.items() if kept)
+    view.left = _kept(tables)
     view.undecided = f"verdicts={list(r.decisions.uses)}" if r.decisions.uses else ""
     return view
+
+
+def _kept(tables: Mapping[str, object]) -> str:
+    said = ((name, list(kept) if isinstance(kept, dict) else kept) for name, kept in tables.items() if kept)
+    return ", ".join(f"{name}={kept}" for name, kept in said)
 
 
 def _wrong(r: ReceiverMachine, window: int | str) -> str:
@@ -112,5 +118,5 @@ def _sender(s: SenderMachine) -> View:
     tables = {
         "slots": s.slots, "where": s.where, "rooms": s.rooms, "writes": s.writes, "orphans": s.orphans,
     }  # fmt: skip
-    view.left = ", ".join(f"{name}={list(kept)}" for name, kept in tables.items() if kept)
+    view.left = _kept(tables)
     return view

@@ -8,22 +8,16 @@ for each block of each receiver, what was written there last. Nothing here depen
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from tensorferry.conformance.explore import happenings
 from tensorferry.conformance.explore.late import Late, judge
-from tensorferry.conformance.explore.machines import Ran, Workshop
+from tensorferry.conformance.explore.machines import Workshop
 from tensorferry.conformance.explore.search import Edge, State, Violation
 from tensorferry.conformance.explore.setup import Setup
 from tensorferry.conformance.explore.step import Flight, Offering, Parts, Step, Want
 from tensorferry.conformance.explore.views import View, look
 from tensorferry.core import messages as m
-
-
-class Verdicts(NamedTuple):
-    """For one process number: which messages are known to be late there, or not, or only call forth replies."""
-
-    late: dict[int, Late]
 
 
 class SearchWorld:
@@ -35,7 +29,6 @@ class SearchWorld:
         self.seen: dict[int, View] = {}
         self.judged: dict[tuple[int, int], Late] = {}
         self.said: dict[int, int] = {}  # process number -> what its timers say, as bits
-        self.deliveries: dict[tuple[int, int], tuple[Ran, int]] = {}
 
     # ---- looking ------------------------------------------------------------------------------------------------
 
@@ -194,7 +187,7 @@ class SearchWorld:
         _, xfer, epoch, _ = f.write
         tenant = view.granted.get(f.block)
         if tenant is not None:
-            if tenant == (xfer, f.incarnation, epoch, f.index):
+            if tenant == (xfer, f.incarnation, epoch, f.at):
                 return None
             return f"I2 a write of {self.tell(f)} may land in a block granted to {tuple(tenant)}"
         tenant = view.quarantined.get(f.block)
@@ -209,7 +202,7 @@ class SearchWorld:
         out: dict[tuple[int, Any], set[int]] = {}
         for f in flights:
             if not f.placed and self.incarnation(procs[f.sender]) == f.incarnation:
-                out.setdefault((f.sender, f.write), set()).add(f.index)
+                out.setdefault((f.sender, f.write), set()).add(f.at)
         for k in range(self.setup.ranks, len(procs)):
             for write, indices in self.view(procs[k]).writes.items():
                 if out.pop((k, write), set()) != indices:
@@ -233,7 +226,8 @@ class SearchWorld:
 
     def tell(self, f: Flight) -> str:
         receiver, xfer, epoch, _ = f.write
-        return f"(receiver {receiver}, xfer {xfer}, sender {f.incarnation}, epoch {epoch}, index {f.index}) -> {f.block}"
+        whose = f"receiver {receiver}, xfer {xfer}, sender {f.incarnation}, epoch {epoch}"
+        return f"({whose}, index {f.at}) -> {f.block}"
 
     def say(self, label: tuple[Any, ...]) -> str:
         kind, *rest = label
@@ -253,7 +247,18 @@ class SearchWorld:
 
 def _plain(message: m.Message) -> str:
     """A message without the fields that are the same for everybody."""
-    hidden = {"version", "name", "layout", "block_size", "pool_blocks", "slabs", "offers", "aux", "integrity", "present"}
+    hidden = {
+        "version",
+        "name",
+        "layout",
+        "block_size",
+        "pool_blocks",
+        "slabs",
+        "offers",
+        "aux",
+        "integrity",
+        "present",
+    }
     fields = {name: getattr(message, name) for name in message.__struct_fields__ if name not in hidden}
     if "runs" in fields:
         if isinstance(message, m.Grant):
