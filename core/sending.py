@@ -234,11 +234,14 @@ class Sender(Endpoint):
             if watches.repeat(("slot", slot.id), slot.touched, now):
                 self._do(machine.resend(slot.id))
             if slot.offer is not None and not slot.offer.told:
-                keys |= {("deadline", slot.id), ("unbound", slot.id)} if not slot.bindings else {("deadline", slot.id)}
+                keys.add(("deadline", slot.id))
+                lost = slot.lost if not slot.bindings else None
+                if lost:  # and not merely unwanted so far: its successor has peer_timeout, from now on
+                    keys.add(("lost", slot.id))
                 if watches.age(("deadline", slot.id), now) > s.transfer_deadline:
                     self._expire(slot.offer.serial, bool(slot.bindings))
-                elif not slot.bindings and watches.age(("unbound", slot.id), now) > s.peer_timeout and slot.lost:
-                    self._do(machine.cancel(slot.offer.serial, PeerLost(slot.lost, room=slot.room)))
+                elif lost and watches.age(("lost", slot.id), now) > s.peer_timeout:
+                    self._do(machine.cancel(slot.offer.serial, PeerLost(lost, room=slot.room)))
             elif slot.decision == "abort":
                 keys.add(("abort", slot.id))
                 if watches.age(("abort", slot.id), now) > s.announce_deadline:
