@@ -133,6 +133,7 @@ class ReceiverMachine:
         if t.phase is Phase.ACTIVE:
             self._want(t)
             self._check_complete(t)
+        self._maybe_forget(t)
         return self._step()
 
     def corrupt(self, xfer: int, indices: list[int]) -> list[Effect]:
@@ -146,6 +147,7 @@ class ReceiverMachine:
                 self._to_sender(t, m.Revoke, upto=tenant.epoch)
         if t.phase is Phase.ACTIVE:
             self._bump(t, e.IntegrityError(f"block {indices[0]} arrived with a wrong digest", room=t.room))
+        self._maybe_forget(t)
         return self._step()
 
     def connected(self, route: str, error: e.FerryError | None) -> list[Effect]:
@@ -161,10 +163,10 @@ class ReceiverMachine:
                 self._open(t, peer)
         return self._step()
 
-    def peer_silent(self, route: str, error: e.FerryError) -> list[Effect]:
-        """Nothing was heard for too long. Suspicion ends transfers; it frees nothing (GR-3)."""
-        for t in [t for t in self.transfers.values() if t.route == route]:
-            if t.live:
+    def peer_silent(self, route: str, error: e.FerryError, xfer: int | None = None) -> list[Effect]:
+        """Nothing was heard for too long, by one transfer or (None) all. Suspicion ends them; it frees nothing (GR-3)."""
+        for t in [t for t in self.transfers.values() if t.route == route and xfer in (None, t.xfer)]:
+            if t.live and t.error is None:
                 self._give_up(t, error)
             t.closed = t.closed or not t.live  # it will not answer Close either
             self._maybe_forget(t)
@@ -333,8 +335,8 @@ class ReceiverMachine:
                 self._bump(t, e.from_code(message.code, message.cause, room=t.room, peer=t.route))
             case m.Commit() if t.phase is Phase.VOTED and t.error is None and self.group.leads:
                 self._end(t, None)
-            case m.Abort() if t.live:
-                self._end(t, e.from_code(message.code, message.cause, room=t.room, peer=t.route))
+            case m.Abort() if t.live:  # a follower asks its leader all the same (TP-4)
+                self._give_up(t, e.from_code(message.code, message.cause, room=t.room, peer=t.route))
             case m.Refused() if t.live and not t.announced:
                 self._give_up(t, e.from_code(message.code, message.cause, room=t.room, peer=t.route))
             case m.Closed() if not t.live:

@@ -160,6 +160,8 @@ class SenderMachine:
         given_up = self.given_up.pop(room, None)
         if given_up is not None and not slot.bindings:
             self._abort(slot, given_up)
+        elif slot.decision == "abort":  # the ranks that opened the room have given it up already
+            self._tell(slot, e.from_code(*slot.abort, room=room))
         self._announce(slot)
         self._review(slot)
         return serial, self._take_effects()

@@ -127,7 +127,7 @@ def test_a_snapshot_is_all_that_decides(name: str, monkeypatch: pytest.MonkeyPat
                 todo = [other._compile(process, incarnation, effect) for effect in effects]
                 ran = world.shop.run(number, event)
                 assert alive[key].snapshot() == world.shop.kept[ran.after][2]
-                # a snapshot names ranks in their order, a life in the order in which they came: who is told first differs
+                # who is told first may differ: a snapshot names ranks in their order, not in that of their coming
                 assert sorted((t for t in todo if t), key=repr) == sorted(ran.todo, key=repr)
 
 

@@ -16,4 +16,4 @@ def test_a_mutant_dies_of_what_it_was_meant_for(mutant: Mutant, capsys: pytest.C
     assert mutant.killed_by(out.violation), out.violation
     tell(out)  # a trace can be replayed and read
     assert mutant.dies_of[0] in capsys.readouterr().out or out.violation
-    assert len(out.trace) > 1
+    assert out.trace

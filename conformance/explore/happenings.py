@@ -183,10 +183,10 @@ def patience(world: SearchWorld, state: State) -> list[Edge]:
             if want.end != "w":
                 continue
             if want.xfer not in world.view(state[0][rank]).given_up:
-                if offer.end not in ("", "w") or failed or setup.faults.cr:
+                if offer.end not in ("", "w") or failed or setup.doubtful:
                     event = ("fail", want.xfer)
                     found.append(_edge(world, state, ("deadline of rank", rank, room), Step.run, rank, event))
-            elif rank and setup.faults.cr:  # a leader that came back cannot say what its predecessor decided
+            elif rank and setup.doubtful:  # a leader that came back cannot say what its predecessor decided
                 found.append(_edge(
                     world, state, ("framework drops", rank, room), Step.run, rank, ("resolve", want.xfer, False)
                 ))  # fmt: skip

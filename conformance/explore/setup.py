@@ -71,6 +71,11 @@ class Setup:
     def senders(self) -> int:
         return 1 if self.ranks > 1 or self.one_sender else self.rooms
 
+    @property
+    def doubtful(self) -> bool:
+        """Some process may believe for good that another is lost: deadlines have to end what they had in common."""
+        return bool(self.faults.cr or self.faults.rl or self.faults.ps)
+
     def serves(self, room: int) -> int:
         return 0 if self.senders == 1 else room
 

@@ -242,7 +242,7 @@ class SearchWorld:
         lines += [f"in flight: {self.tell(f)}" for f in p.flights]
         lines += [f"wants {list(p.wants)} offers {list(p.offers)}"]
         lines += [f"net: {self.say(('deliver', k))}" for k in range(len(self.shop.mail)) if p.net >> k & 1]
-        return "\n      ".join(lines)
+        return "\n          ".join(lines).replace("\\x00", "")
 
 
 def _plain(message: m.Message) -> str:
