@@ -242,7 +242,7 @@ class Receiver(Endpoint):
             region = self._buffers.replace(slab, keys)
         except (FerryError, OSError) as problem:
             log.error("no fresh memory for slab %d yet: %s", slab, problem)
-            self._stuck_slabs[slab] = 0.0
+            self._stuck_slabs.setdefault(slab, 0.0)
             return
         self._stuck_slabs.pop(slab, None)
         log.warning("slab %d was replaced: a lost peer may still write to its old memory", slab)
@@ -364,10 +364,11 @@ class Receiver(Endpoint):
             elif self._watches.every(("met", route), s.heartbeat, now):
                 self._do(self.machine.heartbeat(route))
         else:
-            keys.add(("meeting", route))
-            if self._watches.age(("meeting", route), now) > s.peer_timeout:
-                nobody = PeerUnreachable(f"nobody answered within peer_timeout ({s.peer_timeout:g} s)", peer=route)
-                self._do(self.machine.peer_silent(route, nobody))
+            for t in [t for t in self.machine.transfers.values() if t.route == route]:
+                keys.add(("meeting", t.xfer))  # each by its own clock: what a lost sender left here says nothing new
+                if self._watches.age(("meeting", t.xfer), now) > s.peer_timeout:
+                    nobody = PeerUnreachable(f"nobody answered within peer_timeout ({s.peer_timeout:g} s)", peer=route)
+                    self._do(self.machine.peer_silent(route, nobody, t.xfer))
 
     def _watch_quarantine(self, now: float, keys: set[Any]) -> None:
         """Proofs for blocks in quarantine: is their sender gone (F4)? Is its fence (F2) overdue, so that F3 is due?"""
