@@ -147,6 +147,7 @@ def test_a_receiver_killed_and_started_again_receives_from_the_beginning(start: 
         sending.put(0, **{name: tensor[:320] for name, tensor in given.items()})
         victim.ask("receive", room=1, sender=here.sender.address)
         victim.ask("sent_tokens", room=1, least=320)
+        assert successor.ask("free_blocks") == 8  # it is up: the room waits for peer_timeout, not for an interpreter
         victim.kill()
         successor.ask("receive", room=1, sender=here.sender.address)
         sending.put(320, **{name: tensor[320:] for name, tensor in given.items()})

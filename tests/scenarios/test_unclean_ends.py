@@ -279,6 +279,13 @@ def test_cancelling_before_the_other_side_has_come_leaves_nothing_and_tells_it(k
         quay.carry(50, room=2)
 
 
+def introduced(quay: Quay) -> None:
+    """Wait until the receiver's transport knows the sender's: in one process only what it says proves its end."""
+    for known in quay.receiver._known.values():
+        if quay.kind == "shm":
+            eventually(lambda link=known.peer.link: link._welcomed)
+
+
 # ---- restarts --------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +371,7 @@ def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(
         receiving = quay.receive(1)
         eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
         regions = quay.receiver._call(quay.receiver._buffers.regions)
+        introduced(quay)
         quay.crash(quay.sender)
         eventually(lambda: quay.receiver.free_blocks == 8)
         with pytest.raises(errors.PeerLost):
@@ -373,6 +381,37 @@ def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(
         assert quay.receiver._call(lambda: quay.receiver._buffers.graveyard.nbytes) == 0
         quay.sender = quay.add_sender()
         quay.carry(TOKENS)
+
+
+def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No proof, and no memory to replace the slab with: its blocks stay in quarantine, and all others are in use."""
+    with faulty_quay(kind, **QUICK, slabs=8, clean=False) as quay:
+        receiver = quay.receiver
+
+        def no_memory(*about: object) -> None:
+            raise errors.TransportError("no memory")
+
+        monkeypatch.setattr(receiver.transport, "peer_state", lambda peer: PeerState.UNKNOWN)
+        monkeypatch.setattr(receiver._buffers, "replace", no_memory)
+        quay.sender.transport.script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        quay.sender.send(1, **rows(TOKENS, layout=SMALL))
+        lost = quay.receive(1)
+        eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
+        address = quay.sender.address
+        quay.crash(quay.sender)
+        with pytest.raises(errors.PeerLost):
+            lost.wait(PATIENCE)
+        eventually(lambda: receiver._stuck_slabs)
+        nobody = receiver.receive(2, address)
+        with pytest.raises(errors.PeerUnreachable):
+            nobody.wait(PATIENCE)
+        quay.sender = quay.add_sender(bind=address)
+        quay.carry(TOKENS, room=3)
+        assert receiver.free_blocks < 8
+        monkeypatch.undo()
+        assert_clean(receiver)
 
 
 def test_a_restarted_receiver_gets_the_room_from_the_beginning(kind: str) -> None:
@@ -490,6 +529,7 @@ def test_the_state_of_a_crashed_endpoint_is_provable(kind: str) -> None:
     with Quay(kind, **ROUNDS, clean=False) as quay:
         between_rounds(quay)
         known = next(iter(quay.receiver._known.values()))
+        introduced(quay)
         quay.crash(quay.sender)
         eventually(lambda: known.peer and quay.receiver.transport.peer_state(known.peer) is PeerState.GONE)
 
