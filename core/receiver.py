@@ -611,6 +611,8 @@ class ReceiverMachine:
             t.plea = t.plea or error
             self._query(t)
             return
+        if t.error is not None:  # it has said so: timers repeat it
+            return
         self._withdraw(t)
         self._leave_lines(t)
         self._effects.append(Drop(t.xfer))
