@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -20,7 +21,16 @@ from typing import Any, Self
 from tensorferry.core import messages as m
 from tensorferry.core.control import Control
 from tensorferry.core.effects import Effect, Send
-from tensorferry.core.errors import BadCall, Cancelled, FerryError, InternalError, TransportMismatch, VersionMismatch
+from tensorferry.core.errors import (
+    BadCall,
+    Cancelled,
+    ConfigError,
+    FerryError,
+    InternalError,
+    TransportError,
+    TransportMismatch,
+    VersionMismatch,
+)
 from tensorferry.core.layout import Layout
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import IDLE_TICK, TICK, Watches, new_incarnation
@@ -47,9 +57,13 @@ class Endpoint:
         self.transport = transport
         self.incarnation = new_incarnation(time.time_ns(), random.getrandbits(12))
         self.name = name or f"{os.getpid()}-{self.incarnation:x}"
+        if len(self.name) > 128:
+            raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changed: dict[Any, None] = {}
+        self._changed: weakref.WeakKeyDictionary[Any, None] = (
+            weakref.WeakKeyDictionary()
+        )  # weak: who never polls loses no memory
         self._pid = os.getpid()
         self._closing = False
         self._stopped = threading.Event()
@@ -146,11 +160,18 @@ class Endpoint:
             future.set_exception(problem)
 
     def _do(self, effects: Iterable[Effect]) -> None:
+        """Carry out every effect: one that fails has others behind it, of other rooms. Raises the first error then."""
+        failed: Exception | None = None
         for effect in effects:
-            if isinstance(effect, Send):
-                self._control.send(effect.route, effect.message)
-            else:
-                self._carry_out(effect)
+            try:
+                if isinstance(effect, Send):
+                    self._control.send(effect.route, effect.message)
+                else:
+                    self._carry_out(effect)
+            except Exception as problem:  # noqa: BLE001 - raised below
+                failed = failed or problem
+        if failed is not None:
+            raise failed
 
     def _connect(self, hello: m.Hello, who: str) -> Any:
         """The transport's peer for a Hello. Raises TransportMismatch, VersionMismatch, or what `connect` raises."""
@@ -160,7 +181,13 @@ class Endpoint:
             raise TransportMismatch(f"this side has {self.transport.name}, the peer offers {offered}", peer=who)
         if offer.contract != CONTRACT_VERSION:
             raise VersionMismatch(f"transport contract {offer.contract} at the peer, {CONTRACT_VERSION} here", peer=who)
-        return self.transport.connect(offer.descriptor)
+        try:
+            return self.transport.connect(offer.descriptor)
+        except FerryError:
+            raise
+        except Exception as problem:
+            log.exception("%s.connect raised what no transport may raise", self.transport.name)
+            raise TransportError(f"{type(problem).__name__}: {problem}", peer=who) from problem
 
     def _offers(self) -> tuple[m.Offer, ...]:
         return (m.Offer(self.transport.name, CONTRACT_VERSION, self.transport.describe()),)
@@ -182,7 +209,8 @@ class Endpoint:
         return future.result(CALL_SECONDS)
 
     def poll(self) -> list[Any]:
-        """The transfers that have changed since the last call. Never blocks and has no effect on the protocol."""
+        """The transfers that have changed since the last call, of those that the caller still holds. Never blocks and
+        has no effect on the protocol."""
         time.sleep(0)  # let the I/O thread have the interpreter lock: a tight loop of polls would keep it for 5 ms
         changed = []
         while self._changed:
