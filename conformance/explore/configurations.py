@@ -77,11 +77,13 @@ EXTRA = [
     Setup("X10", "two sender crashes", blocks=1, faults=Faults(cs=2)),
     Setup("X11", "two receiver crashes", blocks=1, faults=Faults(cr=2)),
     Setup("X12", "one sender serves two rooms", rooms=2, pool=1, window=1, one_sender=True, faults=Faults(cs=1)),
+    Setup("X13", "one sender, two rooms, receiver crash", rooms=2, blocks=1, window=1, one_sender=True,
+          faults=Faults(cr=1)),
     Setup("X14", "no rows at all, crash, cancel", blocks=0, late_offers=True, faults=Faults(cs=1, ca=1)),
-    Setup("X15", "slow gathers, visibility, cancel, suspicion", split=True, slow_gather=True, faults=Faults(ca=1,
-          bu=1)),
-    Setup("X16", "slow gathers, replaced slabs, corruption", slabs=2, slow_gather=True, faults=Faults(co=1, bu=1,
-          ov=1)),
+    Setup("X15", "slow gathers, visibility, cancel, suspicion", split=True, slow_gather=True,
+          faults=Faults(ca=1, bu=1)),
+    Setup("X16", "slow gathers, replaced slabs, corruption", slabs=2, slow_gather=True,
+          faults=Faults(co=1, bu=1, ov=1)),
     Setup("X17", "double posts, UNKNOWN or FAILED, suspicion", retry=True, faults=Faults(tr=1, bu=1)),
     Setup("X18", "no proof of a crash, both crash, suspicion", blocks=1, slabs=2, proof=False,
           faults=Faults(cs=1, cr=1, bu=1)),
@@ -91,8 +93,6 @@ EXTRA = [
           faults=Faults(ca=1, sa=1, re=1)),
     Setup("X21", "a sender believed lost, crash", blocks=1, collect=False, faults=Faults(cs=1, ps=1)),
     Setup("X22", "a receiver believed lost, crash", blocks=1, collect=False, faults=Faults(cr=1, rl=1)),
-    Setup("X13", "one sender, two rooms, receiver crash", rooms=2, blocks=1, window=1, one_sender=True,
-          faults=Faults(cr=1)),
 ]  # fmt: skip
 
 RANKS = [
@@ -103,15 +103,14 @@ RANKS = [
     Setup("R5", "two ranks, a dummy leads, sender crash", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,),
           faults=Faults(cs=1)),
     Setup("R6", "two ranks, a receiver crashes", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cr=1)),
-    Setup("R12", "two ranks, loans, cancel before there is an offer", blocks=1, pool=1, ranks=2, budget=1,
-          first_grant=1,
-          late_offers=True, dummies=(0,), faults=Faults(ca=1)),
-    Setup("R13", "two ranks, one believed lost", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,),
-          faults=Faults(rl=1)),
     Setup("R7", "three ranks, one without data", blocks=1, pool=1, ranks=3, budget=1, dummies=(2,)),
     Setup("R8", "two ranks, a dummy leads, cancel", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,),
           faults=Faults(ca=1)),
     Setup("R9", "two ranks, the room is used again", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(re=1)),
+    Setup("R12", "two ranks, loans, cancel before there is an offer", blocks=1, pool=1, ranks=2, budget=1,
+          first_grant=1, late_offers=True, dummies=(0,), faults=Faults(ca=1)),
+    Setup("R13", "two ranks, one believed lost", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,), collect=False,
+          faults=Faults(rl=1)),
 ]  # fmt: skip
 
 REQUIRED = [*P, *LOANS, *RANKS, *EXTRA]
