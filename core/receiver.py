@@ -164,7 +164,7 @@ class ReceiverMachine:
         return self._step()
 
     def peer_silent(self, route: str, error: e.FerryError, xfer: int | None = None) -> list[Effect]:
-        """Nothing was heard for too long, by one transfer or (None) all. Suspicion ends them; it frees nothing (GR-3)."""
+        """Nothing was heard for too long, by `xfer` or (None) by all. Suspicion ends them; it frees nothing (GR-3)."""
         for t in [t for t in self.transfers.values() if t.route == route and xfer in (None, t.xfer)]:
             if t.live and t.error is None:
                 self._give_up(t, error)
@@ -617,7 +617,7 @@ class ReceiverMachine:
         self._leave_lines(t)
         self._effects.append(Drop(t.xfer))
         t.enter(Phase.VOTED)
-        t.error = t.error or error
+        t.error = error
         self._send_vote(t)
         self._query(t)
 
@@ -679,8 +679,18 @@ class ReceiverMachine:
     # ============================================================ the group
 
     def _on_query(self, route: str, query: m.Query) -> None:
-        if not (self.group.ranks > 1 and self.group.leads) or not 0 < query.rank < self.group.ranks:
+        if not (self.group.ranks > 1 and self.group.leads) or not query.rank:
             self.ignored["not a leader"] += 1
+            return
+        if query.rank >= self.group.ranks:  # of no use that there is: its end is told here, and so is ours
+            why = f"rank {query.rank} counts {query.ranks} ranks, the leader {self.group.ranks}"
+            if not query.heard:
+                self._send(route, m.Verdict(
+                    src=self.inc, dst=query.src, xfer=query.xfer, run=False, code="group_mismatch", cause=why
+                ))  # fmt: skip
+            mine = self.transfers.get(self.rooms.get(query.room, 0))
+            if mine is not None and not query.heard:
+                self._give_up(mine, e.GroupMismatch(why, room=mine.room))
             return
         xfer, verdict = self.decisions.query(route, query)
         if verdict is not None:

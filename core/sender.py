@@ -699,7 +699,7 @@ class SenderMachine:
         self.contested.discard(slot.id)
         if self.rooms.get(slot.room) == slot.id:
             del self.rooms[slot.room]
-        if slot.offer is not None:
+        if slot.offer is not None and slot.offer.error is None:
             self.orphans.add(slot.offer.serial)
         self._release_sources()
 
@@ -739,6 +739,9 @@ class SenderMachine:
             offer.told, offer.error = True, error
             offer.status = Status.SUCCESS if error is None else Status.FAILED
             self._effects.append(Ended(offer.serial, error))
+            if error is not None:  # nothing is posted any more: the rows need not wait for the last rank's Close
+                self.orphans.add(offer.serial)
+                self._release_sources()
 
     def _show(self, offer: Offer, status: Status) -> None:
         order = list(Status)
