@@ -28,7 +28,11 @@ class Side:
     def __init__(self, role: str, **settings: Any) -> None:
         told = json.dumps({"role": role, "transport": "shm", **settings})
         self._process = subprocess.Popen(
-            [sys.executable, "-u", str(PROGRAM), told], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-u", str(PROGRAM), told],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)},
         )
 
     def tell(self, verb: str, **arguments: Any) -> None:

@@ -6,10 +6,7 @@ import json
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from scenario_kit import SMALL, assert_same, books, rows
 

@@ -1,4 +1,4 @@
-"""Two real processes over shm: whole transfers, and what is left when one of them is killed or stopped in the middle."""
+"""Two real processes over shm: whole transfers, and what is left when one is killed or stopped in the middle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from scenario_kit import PATIENCE, SMALL, Quay, assert_clean, assert_same, eventually, rows
 from side import Failed, Side
 
-import tensorferry as tf
 from tensorferry import errors
 
 QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 1.0}
@@ -259,5 +258,3 @@ def test_memory_does_not_join_two_processes_and_says_so_on_both_sides(start: Cal
         with pytest.raises(errors.TransportMismatch, match="one process"):
             receiving.wait(PATIENCE)
 
-
-assert tf.Sender
