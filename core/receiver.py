@@ -268,7 +268,7 @@ class ReceiverMachine:
                 self._on_hello(route, message)
             case m.Query():
                 self._on_query(route, message)
-            case m.Verdict():
+            case m.Verdict() if not self.group.leads and route == self.group.leader:
                 self._on_verdict(message)
             case m.Ping() if message.dst == self.inc:
                 self._send(route, m.Pong(src=self.inc, dst=message.src))

@@ -12,11 +12,11 @@ from tensorferry.conformance.explore.setup import Faults, Setup
 from tensorferry.core import messages as m
 from tensorferry.core.allocator import Tenant
 from tensorferry.core.effects import Effect
-from tensorferry.core.errors import FerryError
+from tensorferry.core.errors import FerryError, from_code
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.sender import Binding, Receiver, SenderMachine, Slot
-from tensorferry.core.transfer import Peer, Phase, Transfer
+from tensorferry.core.transfer import Facts, Peer, Phase, Transfer
 
 
 class FreeOnCancel(ReceiverMachine):
@@ -148,6 +148,37 @@ class IntroducedOnce(ReceiverMachine):
         return with_fields(super()._hello(peer), dst=1) if closing else super()._hello(peer)
 
 
+class NeverForgets(ReceiverMachine):
+    """A transfer that is over when its last gather ends is kept for ever."""
+
+    def gathered(self, xfer: int, indices: list[int]) -> list[Effect]:
+        closing = not self.transfers[xfer].live
+        kept = self.transfers[xfer]
+        effects = super().gathered(xfer, indices)
+        if closing:
+            self.transfers[xfer] = kept
+        return effects
+
+
+class ObeysAbort(ReceiverMachine):
+    """A follower that has promised its rows drops them because the sender says so."""
+
+    def _on_transfer_message(self, route: str, message: m.OfTransfer) -> None:
+        t = self.transfers.get(message.xfer)
+        if isinstance(message, m.Abort) and t is not None and t.live and t.sender == message.src:
+            self._end(t, from_code(message.code, message.cause))
+        else:
+            super()._on_transfer_message(route, message)
+
+
+class MuteReceiver(ReceiverMachine):
+    """A sender that speaks of a forgotten transfer gets no answer."""
+
+    def _on_transfer_message(self, route: str, message: m.OfTransfer) -> None:
+        if message.xfer in self.transfers:
+            super()._on_transfer_message(route, message)
+
+
 class FencesEarly(SenderMachine):
     """Fenced is said while writes are still out."""
 
@@ -193,6 +224,29 @@ class NoCloseTombstone(SenderMachine):
         for r in self.receivers.values():
             r.closed = Ranges()
         return effects
+
+
+class BeginsForTheDead(SenderMachine):
+    """A receiver that is gone or has a successor may open a room."""
+
+    def _on_late(self, r: Receiver, message: m.ToSender) -> None:
+        self._on_transfer_message(r, message)
+
+
+class MuteOffer(SenderMachine):
+    """An offer of a room that was given up before is not told so."""
+
+    offering = False
+
+    def offer(self, room: int, facts: Facts, ready: int = 0) -> tuple[int, list[Effect]]:
+        self.offering = True
+        done = super().offer(room, facts, ready)
+        self.offering = False
+        return done
+
+    def _tell(self, slot: Slot, error: FerryError | None) -> None:
+        if not self.offering:
+            super()._tell(slot, error)
 
 
 class SilentSender(SenderMachine):
@@ -270,4 +324,14 @@ MUTANTS = [
             receiver_class=TakesLateQuestions, collect=True),
     _mutant("introduced_once", "a closing transfer does not introduce itself", STUCK, by_name("O12"),
             receiver_class=IntroducedOnce, collect=True),
+    _mutant("never_forgets", "a gather that ends late is not the end", STUCK, by_name("X15"),
+            receiver_class=NeverForgets),
+    _mutant("obeys_abort", "a promised follower obeys the sender", ("TP-2",), by_name("R13"),
+            receiver_class=ObeysAbort),
+    _mutant("mute_receiver", "no answer about forgotten transfers", STUCK, by_name("X7"),
+            receiver_class=MuteReceiver),
+    _mutant("begins_for_the_dead", "a dead receiver may open a room", STUCK, by_name("P7"),
+            sender_class=BeginsForTheDead),
+    _mutant("mute_offer", "an offer given up before is not told", ("WM-6", "LV-1"), by_name("R12"),
+            sender_class=MuteOffer),
 ]  # fmt: skip
