@@ -38,7 +38,7 @@ def tell(out: Outcome) -> None:
 
 
 def configurations(setups: Sequence[Setup], limit: int, *, loud: bool) -> bool:
-    print(f"at most {limit} states in each phase; P15 to P25 are remembered as 64-bit hashes")
+    print(f"at most {limit} states in each phase; P15 to P25, R10 and R11 are remembered as 64-bit hashes")
     print(HEAD)
     outcomes = []
     for setup in setups:
