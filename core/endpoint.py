@@ -61,14 +61,12 @@ class Endpoint:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changed: weakref.WeakKeyDictionary[Any, None] = (
-            weakref.WeakKeyDictionary()
-        )  # weak: who never polls loses no memory
+        self._changed: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a caller may never poll
         self._pid = os.getpid()
         self._closing = False
         self._stopped = threading.Event()
         self._close_lock = threading.Lock()
-        self._control = Control(f"{self.incarnation:016x}".encode(), bind)
+        self._control = Control(_identity(self.incarnation), bind)
         if transport.capabilities.wakes:
             transport.on_progress(self._control.wake)
         self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
@@ -118,6 +116,9 @@ class Endpoint:
                 received = self._guard(lambda t=timeout: self._control.receive(t)) or []  # type: ignore[misc]
                 now = time.monotonic()
                 for route, message in received:
+                    if "://" not in route and bytes.fromhex(route) != _identity(message.src):
+                        self._control.dropped["identity"] += 1  # who connected to us speaks for itself and nobody else
+                        continue
                     self._guard(lambda r=route, x=message, t=now: self._on_message(r, x, t), message)  # type: ignore[misc]
                 while self._commands:
                     command, future = self._commands.popleft()
@@ -236,6 +237,11 @@ class Endpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _identity(incarnation: int) -> bytes:
+    """What an endpoint calls itself to those that it connects to."""
+    return f"{incarnation:016x}".encode()
 
 
 def closed_error(room: int) -> FerryError:

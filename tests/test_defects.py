@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 import zmq
 from ferry import SENDER, Ferry, hello
 
@@ -32,7 +33,7 @@ from tensorferry.core import messages as m
 from tensorferry.core.allocator import BlockPool, Tenant
 from tensorferry.core.control import Control
 from tensorferry.core.errors import FerryError, InternalError
-from tensorferry.core.layout import Geometry, slab_plan
+from tensorferry.core.layout import Component, Geometry, slab_plan
 from tensorferry.core.source import Source, write_plan
 from tensorferry.core.transfer import Phase, Status
 from tensorferry.core.wire import BadFrame, decode, encode
@@ -315,9 +316,13 @@ def test_defect_13_a_source_list_shorter_than_needed_is_silently_truncated() -> 
     source.put(0, **given)
     with pytest.raises(e.BadTensor, match="length"):
         source.put(20, **{**given, "fill_ids": given["fill_ids"][:-1]})
-    plan = slab_plan(SMALL, Geometry(16, 8, 1), 0)
-    with pytest.raises(e.BadCall):
-        write_plan(source, plan, 0, 0, 2, None)
+    with pytest.raises(e.BadCall, match="20 are ready"):
+        list(source.block_views(1, 16))
+    large = tf.Layout([Component("x", "float32", (1024,))])
+    source = Source(large, 40, ["x"])
+    source.put(0, x=torch.zeros(20, 1024))
+    with pytest.raises(e.BadCall, match="20 are ready"):
+        write_plan(source, slab_plan(large, Geometry(16, 8, 1), 0), 0, 0, 2, None)
     with Quay(block_size=16, pool_blocks=4, layout=SMALL) as quay:
         sending, receiving = quay.sender.announce(1, 40), quay.receive(1)
         everything = rows(40, layout=SMALL)
@@ -524,7 +529,8 @@ def test_defect_23_a_late_message_revives_a_room_or_turns_a_failure_into_a_succe
         end = Status.FAILED if fails else Status.SUCCESS
         common = {"src": 1000, "dst": 10, "xfer": xfer}
         late = [
-            *said(ferry, m.Announce), *said(ferry, m.Done), m.Commit(**common), m.Refused(**common, code="config", cause=""),
+            *said(ferry, m.Announce), *said(ferry, m.Done), m.Commit(**common),
+            m.Refused(**common, code="config", cause=""),
             m.Abort(**common, code="cancelled", cause=""), m.Trouble(**common, epoch=1, code="transport", cause=""),
             m.Done(**common, epoch=1, runs=m.pack_done([(0, 4)]), digests=m.pack_digests(range(4))),
         ]  # fmt: skip
