@@ -257,4 +257,3 @@ def test_memory_does_not_join_two_processes_and_says_so_on_both_sides(start: Cal
         receiving = here.receiver.receive(1, there.address)
         with pytest.raises(errors.TransportMismatch, match="one process"):
             receiving.wait(PATIENCE)
-

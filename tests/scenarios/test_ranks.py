@@ -31,7 +31,9 @@ def every_error(transfers: list[Any], kind: type[errors.FerryError]) -> None:
             transfer.wait(PATIENCE)
 
 
-@pytest.mark.parametrize(("total", "first_grant", "pool", "rounds"), TABLE, ids=[f"{t}/{g}/{p}" for t, g, p, _ in TABLE])
+@pytest.mark.parametrize(
+    ("total", "first_grant", "pool", "rounds"), TABLE, ids=[f"{t}/{g}/{p}" for t, g, p, _ in TABLE]
+)
 def test_every_length_arrives_at_every_rank_in_the_same_rounds(
     kind: str, ranks: int, total: int, first_grant: int, pool: int, rounds: list[tuple[int, int]], seen: Any
 ) -> None:

@@ -380,9 +380,7 @@ def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(
         quay.carry(TOKENS)
 
 
-def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No proof, and no memory to replace the slab with: its blocks stay in quarantine, and all others are in use."""
     with faulty_quay(kind, **QUICK, slabs=8, clean=False) as quay:
         receiver = quay.receiver
@@ -529,4 +527,3 @@ def test_the_state_of_a_crashed_endpoint_is_provable(kind: str) -> None:
         introduced(quay)
         quay.crash(quay.sender)
         eventually(lambda: known.peer and quay.receiver.transport.peer_state(known.peer) is PeerState.GONE)
-
