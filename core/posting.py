@@ -17,6 +17,7 @@ from tensorferry.core import effects as fx
 from tensorferry.core.digest import block_seed, digest
 from tensorferry.core.errors import FerryError, TransportError, UnknownInFlight
 from tensorferry.core.layout import Geometry, Layout, SlabPlan, slab_plan
+from tensorferry.core.memory import Memory, copy_bytes, host_memory
 from tensorferry.core.sender import SenderMachine
 from tensorferry.core.source import Source, write_plan
 from tensorferry.core.staging import Stage, Staging
@@ -159,6 +160,8 @@ class Poster:
                 Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
                 for c in write_plan(source, plan, part.index, inside, part.count, stage)
             ]
+            if len(copies) > self._transport.capabilities.max_copies:
+                copies = joined(copies)
             digests = {index: self._digest(source, write, index) for index in part.indices}
             handle = self._transport.post(target.peer, copies)
         except Exception as problem:  # noqa: BLE001 - refused before any byte moved; it is this write's error and nobody else's
@@ -176,7 +179,12 @@ class Poster:
         return digest(source.block_views(index, self._block_size), seed, self._integrity)
 
     def _look(self, handle: int, posted: Posted) -> None:
-        status = self._transport.poll(handle)
+        try:
+            status, drained = self._transport.poll(handle), self._transport.drained(handle)
+        except Exception:  # no transport may do that; what it does not tell is not known, and others' posts go on
+            if not posted.unknown:
+                log.exception("%s.poll raised", self._transport.name)
+            status, drained = Status.UNKNOWN, False
         write, indices = posted.part.write.write, set(posted.part.indices)
         if status is Status.PENDING:
             return
@@ -185,7 +193,7 @@ class Poster:
                 posted.unknown = True
                 error = UnknownInFlight("a write has an unknown outcome", transport=self._transport.name)
                 self._do(self._machine.write_unknown(write, error))
-            if self._transport.drained(handle):
+            if drained:
                 self._settle(handle, posted)
                 self._do(self._machine.write_drained(write, indices))
             return
@@ -203,3 +211,36 @@ class Poster:
         self._transport.release(handle)
         if posted.stage is not None:
             self.staging.give(posted.stage)
+
+
+def joined(copies: list[Copy]) -> list[Copy]:
+    """The same bytes in as few copies as can be: what is adjacent in the peer's memory goes through memory of our own.
+
+    For rows that were put in so many pieces that a transport would not take them in one post. Only where the transport
+    reads any memory: registered rows are staged, one copy a component.
+    """
+    runs: list[list[Copy]] = []
+    for copy in copies:
+        last = runs[-1][-1] if runs else None
+        if last is not None and _adjacent(last, copy):
+            runs[-1].append(copy)
+        else:
+            runs.append([copy])
+    fewer = []
+    for run in runs:
+        if len(run) == 1:
+            fewer.append(run[0])
+            continue
+        memory = host_memory(sum(copy.nbytes for copy in run))
+        view, at = memory.view(), 0
+        for copy in run:
+            assert isinstance(copy.local, Memory)
+            copy_bytes(view[at : at + copy.nbytes], copy.local.view(copy.local_offset, copy.nbytes))
+            at += copy.nbytes
+        fewer.append(Copy(memory, 0, run[0].remote, run[0].remote_offset, at))
+    return fewer
+
+
+def _adjacent(one: Copy, other: Copy) -> bool:
+    plain = isinstance(one.local, Memory) and isinstance(other.local, Memory)
+    return plain and one.remote == other.remote and one.remote_offset + one.nbytes == other.remote_offset
