@@ -18,6 +18,7 @@ BREAK = "break"  # post raises what no transport should
 FAIL = "fail"  # FAILED: nothing placed, nothing can land
 HOLD = "hold"  # PENDING until `let_go`; the bytes move then
 LOSE = "lose"  # UNKNOWN, not drained until `let_go`; the bytes move then
+MUTE = "mute"  # poll raises what no transport should, until `let_go`
 TEAR = "tear"  # DONE, but the second half of every copy is not placed
 
 
@@ -61,7 +62,7 @@ class Faulty:
         self.bytes_posted += sum(c.nbytes for c in copies)
         handle = next(self._numbers)
         self._scripted[handle] = Scripted(what, inner, peer, list(copies))
-        if what in (HOLD, LOSE):
+        if what in (HOLD, LOSE, MUTE):
             self.held.append(self._scripted[handle])
         return handle
 
@@ -70,6 +71,8 @@ class Faulty:
         if one.inner is not None:
             status: Status = super().poll(one.inner)  # type: ignore[misc]
             return Status.UNKNOWN if one.what == LOSE else status
+        if one.what == MUTE:
+            raise RuntimeError("a defect in the engine's binding")
         return {FAIL: Status.FAILED, HOLD: Status.PENDING, LOSE: Status.UNKNOWN}[one.what]
 
     def drained(self, handle: int) -> bool:

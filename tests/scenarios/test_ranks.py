@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, eventually, rows
-from test_table import TABLE
+from test_table import CASES
 
 import tensorferry as tf
 from tensorferry import errors
@@ -31,9 +31,7 @@ def every_error(transfers: list[Any], kind: type[errors.FerryError]) -> None:
             transfer.wait(PATIENCE)
 
 
-@pytest.mark.parametrize(
-    ("total", "first_grant", "pool", "rounds"), TABLE, ids=[f"{t}/{g}/{p}" for t, g, p, _ in TABLE]
-)
+@CASES
 def test_every_length_arrives_at_every_rank_in_the_same_rounds(
     kind: str, ranks: int, total: int, first_grant: int, pool: int, rounds: list[tuple[int, int]], seen: Any
 ) -> None:

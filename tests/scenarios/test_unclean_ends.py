@@ -8,10 +8,11 @@ import threading
 from typing import Any
 
 import pytest
-from faulty import BREAK, FAIL, FAULTY, HOLD, LOSE, RAISE, TEAR, WRITE, from_post, let_go
+from faulty import BREAK, FAIL, FAULTY, HOLD, LOSE, MUTE, RAISE, TEAR, WRITE, from_post, let_go
 from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, books, eventually, rows
 
 from tensorferry import errors
+from tensorferry.backends import _copier
 from tensorferry.core.transport import PeerState
 
 QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 0.8}
@@ -97,6 +98,50 @@ def test_more_than_the_whole_budget_is_too_large_at_once(kind: str) -> None:
         quay.carry(TOKENS)
 
 
+# ---- writes that land late ---
+
+
+def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F3 under a copy that has begun and hangs: its bytes come when the block has been given to somebody else."""
+    held, go = threading.Event(), threading.Event()
+    move = _copier.memmove
+
+    def hang_first(destination: int, source: int, nbytes: int) -> object:
+        if not held.is_set():
+            held.set()
+            assert go.wait(PATIENCE)
+        return move(destination, source, nbytes)
+
+    monkeypatch.setattr(_copier, "memmove", hang_first)
+    with Quay(kind, **ROUNDS, **QUICK, slabs=4, choose=CHOOSERS["lowest-first"]) as quay:
+        slow = quay.sender.send(1, **rows(TOKENS, seed=1, layout=SMALL))
+        given_up = quay.receive(1)
+        assert held.wait(PATIENCE)
+        given_up.cancel()
+        eventually(lambda: quay.receiver.free_blocks == 8)
+        assert quay.receiver._call(lambda: quay.receiver._buffers.graveyard.nbytes) > 0
+        other = quay.add_sender()
+        tenant, given = quay.receiver.receive(2, other.address), rows(TOKENS, seed=2, layout=SMALL)
+        eventually(lambda: quay.receiver.free_blocks < 8)
+        go.set()
+        eventually(lambda: not books(quay.sender))  # it has landed
+        other.send(2, **given)
+        assert_same(tenant.result(PATIENCE), given)
+        with pytest.raises(errors.Cancelled):
+            slow.wait(PATIENCE)
+
+
+def test_a_write_to_a_block_that_nobody_was_granted_is_noticed() -> None:
+    """What the assertions on stale writes are worth."""
+    with Quay(**ROUNDS, clean=False) as quay:
+        region = quay.receiver._buffers.region(0)
+        region.memory.view()[:1] = b"!"
+        quay.carry(TOKENS)
+        assert len(quay.receiver.stale_writes) == 1
+
+
 # ---- writes that go wrong --------------------------------------------------------------------------------------
 
 
@@ -109,9 +154,10 @@ def test_a_transfer_that_is_interrupted_in_round_2_resumes(kind: str, what: str)
         assert quay.sender.transport.posts > 5  # type: ignore[attr-defined]
 
 
-def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind: str) -> None:
+@pytest.mark.parametrize("what", [LOSE, MUTE])
+def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind: str, what: str) -> None:
     with faulty_quay(kind) as quay:
-        quay.sender.transport.script = from_post(3, LOSE, 1)  # type: ignore[attr-defined]
+        quay.sender.transport.script = from_post(3, what, 1)  # type: ignore[attr-defined]
         quay.carry(TOKENS)  # on the blocks that are left
         left = len(quay.sender.transport.held[0].copies)  # type: ignore[attr-defined]
         assert left > 0

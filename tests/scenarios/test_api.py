@@ -1,0 +1,295 @@
+"""The public names as an application uses them: order, pieces, waiting, awaiting, rows as they come, and ownership."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from faulty import FAULTY
+from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, eventually, rows
+
+import tensorferry as tf
+from tensorferry import errors
+
+SIZES: dict[str, Any] = {"layout": SMALL, "block_size": 16, "pool_blocks": 8, "first_grant": 64}
+TOKENS = 1000
+RICH = tf.embedding_layout(hidden_size=512, dtype="float32", deepstack_layers=2)
+
+
+def part(given: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    return {name: tensor[start:stop] for name, tensor in given.items()}
+
+
+@pytest.mark.parametrize("first", ["send", "receive"])
+def test_send_may_come_before_or_after_receive(kind: str, first: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        given = rows(TOKENS, layout=SMALL)
+        sending = quay.sender.send(1, **given) if first == "send" else None
+        receiving = quay.receive()
+        if sending is None:
+            eventually(lambda: receiving.status == "WAITING_FOR_INPUT")
+            sending = quay.sender.send(1, **given)
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+        assert (sending.status, receiving.status) == ("SUCCESS", "SUCCESS")
+        assert sending.error is receiving.error is None
+
+
+@pytest.mark.parametrize("pieces", [[1] * 200, [7, 1, 30, 16, 15, 17, 333, 581], [16] * 62 + [8], [0, 999, 0, 1, 0]])
+@pytest.mark.parametrize("window", ["rounds", "auto"])
+def test_rows_may_be_put_in_pieces_of_any_size(kind: str, pieces: list[int], window: str) -> None:
+    with Quay(kind, **SIZES, window=window, choose=CHOOSERS["random"]) as quay:
+        total = sum(pieces)
+        given = rows(total, layout=SMALL)
+        receiving, at = quay.receive(), 0
+        sending = quay.sender.announce(1, total)
+        for n in pieces:
+            sending.put(at, **part(given, at, at + n))
+            at += n
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+
+
+def test_many_small_pieces_in_a_large_block_are_no_trouble(kind: str) -> None:
+    """More pieces in one block than a transport takes copies in one post."""
+    total = 1500
+    with Quay(kind, layout=RICH, block_size=2048, pool_blocks=2) as quay:
+        given = rows(total, layout=RICH)
+        sending, receiving = quay.sender.announce(1, total), quay.receive()
+        for at in range(total):
+            sending.put(at, **part(given, at, at + 1))
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+
+
+def test_rows_that_are_ready_arrive_before_the_rest_is_there(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        given = rows(TOKENS, layout=SMALL)
+        sending, receiving = quay.sender.announce(1, TOKENS), quay.receive()
+        eventually(lambda: receiving.total_tokens == TOKENS)
+        for at in range(0, TOKENS, 200):
+            sending.put(at, **part(given, at, at + 200))
+            whole = at + 200 if at + 200 == TOKENS else (at + 200) // 16 * 16
+            eventually(lambda whole=whole: receiving.ready_tokens == whole)
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+
+
+def test_both_sides_can_be_awaited(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        given = {room: rows(TOKENS, room, SMALL) for room in range(5)}
+
+        async def one(room: int) -> None:
+            receiving = quay.receive(room)
+            sending = quay.sender.send(room, **given[room])
+            result, nothing = await asyncio.gather(receiving, sending)
+            assert nothing is None
+            assert_same(result, given[room])
+            assert await receiving is result  # again, and after the end
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(room) for room in given))
+            cancelled = quay.receive(9)
+            asyncio.get_running_loop().call_soon(cancelled.cancel)
+            with pytest.raises(errors.Cancelled):
+                await cancelled
+
+        asyncio.run(asyncio.wait_for(all_of_them(), PATIENCE))
+
+
+def test_giving_up_an_await_leaves_the_transfer_alone(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        receiving = quay.receive()
+
+        async def impatient() -> None:
+            async with asyncio.timeout(0.05):
+                await receiving
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(impatient())
+        given = rows(TOKENS, layout=SMALL)
+        sending = quay.sender.send(1, **given)  # the loop that waited is closed by now
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+
+
+def test_a_wait_that_times_out_says_so_and_the_transfer_goes_on(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        receiving = quay.receive()
+        for wait in (lambda: receiving.wait(0.01), lambda: receiving.result(), lambda: next(receiving.rows(0.01))):
+            with pytest.raises(errors.DeadlineExceeded, match="goes on"):
+                wait()
+        sending = quay.sender.announce(1, TOKENS)
+        with pytest.raises(errors.DeadlineExceeded):
+            sending.wait(0.01)
+        given = rows(TOKENS, layout=SMALL)
+        sending.put(0, **given)
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+
+
+def test_rows_come_in_order_each_once_while_the_rest_is_on_its_way(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        given = rows(TOKENS, layout=SMALL)
+        sending, receiving = quay.sender.send(1, **given), quay.receive()
+        at = 0
+        for start, stop, views in receiving.rows(PATIENCE):
+            assert start == at < stop
+            assert_same(views, part(given, start, stop))
+            at = stop
+        assert at == TOKENS
+        assert_same(receiving.result(), given)
+        sending.wait(PATIENCE)
+        assert [(a, b) for a, b, _ in receiving.rows()] == [(0, TOKENS)]  # after the end: all at once
+
+
+def test_absent_components_are_none_and_cost_no_bytes(kind: str) -> None:
+    with Quay(kind, layout=RICH, sender_transport=FAULTY[kind]) as quay:
+        only = rows(TOKENS, layout=RICH, names=("input_embeds",))
+        sending, receiving = quay.sender.send(1, **only, deepstack_embeds=None), quay.receive()
+        assert_same(receiving.result(PATIENCE), only)
+        sending.wait(PATIENCE)
+        assert quay.sender.transport.bytes_posted == TOKENS * 512 * 4  # type: ignore[attr-defined]
+        everything = quay.carry(TOKENS, room=2)  # and the next one inherits nothing
+        assert everything.result().deepstack_embeds is not None
+        two = rows(10, layout=RICH, names=("input_embeds", "fill_ids"))
+        sending, receiving = quay.sender.send(3, **two), quay.receive(3)
+        assert_same(receiving.result(PATIENCE), two)
+        sending.wait(PATIENCE)
+
+
+def test_the_aux_record_travels_and_is_not_inherited(kind: str) -> None:
+    with Quay(kind, **SIZES) as quay:
+        words = [-(2**63), 2**63 - 1, *range(12)]
+        sending = quay.sender.send(1, aux=words, mrope_delta=-7, **rows(20, layout=SMALL))
+        assert quay.receive(1).result(PATIENCE).aux == (20, -7, *words)
+        sending.wait(PATIENCE)
+        quay.sender.send(2, **rows(0, layout=SMALL))
+        assert quay.receive(2).result(PATIENCE).aux == (0,) * 16
+
+
+def test_a_result_is_the_callers_alone(kind: str) -> None:
+    """Not a view of the pool: later transfers through the same blocks do not change it, nor does it change them."""
+    with Quay(kind, layout=RICH, block_size=16, pool_blocks=2, choose=CHOOSERS["lowest-first"]) as quay:
+        given = rows(100, 1, RICH)
+        quay.sender.send(1, **given)
+        first = quay.receive(1).result(PATIENCE)
+        quay.carry(100, room=2, seed=2)
+        assert_same(first, given)
+        pool = [quay.receiver._buffers.region(k).memory for k in range(quay.receiver.geometry.slab_count)]
+        for name in first:
+            tensor = first[name]
+            assert tensor is not None
+            assert tensor.data_ptr() % 64 == 0
+            assert tensor.is_contiguous()
+            assert not any(m.address <= tensor.data_ptr() < m.address + m.nbytes for m in pool)
+            tensor.view(torch.uint8).fill_(0xAB)
+        quay.carry(100, room=3, seed=3)
+
+
+def test_a_result_outlives_its_receiver_and_the_senders_rows_are_let_go_of(kind: str) -> None:
+    quay = Quay(kind, **SIZES)
+    given = rows(TOKENS, layout=SMALL)
+    mine = {name: tensor.clone() for name, tensor in given.items()}
+    watched = [weakref.ref(tensor) for tensor in mine.values()]
+    sending = quay.sender.send(1, **mine)
+    result = quay.receive().result(PATIENCE)
+    sending.wait(PATIENCE)
+    assert_clean(quay.sender)
+    mine.clear()
+
+    def gone() -> bool:
+        gc.collect()
+        return all(ref() is None for ref in watched)
+
+    eventually(gone)
+    quay.close()
+    assert_same(result, given)
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "dtype": {"input_embeds": torch.zeros(5, 8)},
+    "shape": {"input_embeds": torch.zeros(5, 9, dtype=torch.bfloat16)},
+    "lengths": {"input_embeds": torch.zeros(5, 8, dtype=torch.bfloat16), "fill_ids": torch.zeros(4, dtype=torch.int32)},
+    "no tensor": {"input_embeds": [[0.0] * 8]},
+    "unknown": {"input_embeds": torch.zeros(5, 8, dtype=torch.bfloat16), "output_embeds": torch.zeros(5)},
+    "missing": {"fill_ids": torch.zeros(5, dtype=torch.int32)},
+    "nothing": {},
+    "channel-major": {
+        "input_embeds": torch.zeros(5, 8, dtype=torch.bfloat16), "mrope_positions": torch.zeros(3, 5, dtype=torch.int32)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_rows_that_do_not_fit_are_refused_and_the_room_stays_free(what: str) -> None:
+    with Quay(**SIZES) as quay:
+        with pytest.raises(errors.BadTensor):
+            quay.sender.send(1, **BAD[what])
+        quay.carry(50)
+
+
+def test_calls_that_make_no_sense_are_refused_and_change_nothing() -> None:
+    with Quay(**SIZES) as quay:
+        given = rows(100, layout=SMALL)
+        for call in (
+            lambda: quay.sender.announce(-1, 5), lambda: quay.sender.announce(1 << 63, 5), lambda: quay.receive(-1),
+            lambda: quay.sender.announce(1, -5), lambda: quay.sender.announce(1, 5, content_id=b"short"),
+            lambda: quay.sender.announce(1, 5, aux=[0] * 15), lambda: quay.sender.announce(1, 5, aux=[1 << 63]),
+            lambda: quay.sender.send(1, mrope_delta=1 << 63, **given),
+        ):  # fmt: skip
+            with pytest.raises(errors.BadCall):
+                call()
+        sending, receiving = quay.sender.announce(1, 100), quay.receive()
+        for start, stop in ((1, 5), (0, 101)):
+            with pytest.raises((errors.BadCall, errors.BadTensor)):
+                sending.put(start, **{name: torch.cat([t, t])[start:stop] for name, t in given.items()})
+        with pytest.raises(errors.BadTensor):
+            sending.put(0, input_embeds=given["input_embeds"])
+        sending.put(0, **given)
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
+        with pytest.raises(errors.BadCall, match="ended"):
+            sending.put(100, **part(given, 0, 0))
+
+
+def test_what_the_configuration_cannot_be_is_refused_before_anything_is_opened() -> None:
+    cases: list[tuple[dict[str, Any], type[errors.FerryError]]] = [
+        ({"transport": "no-such-engine"}, errors.UnknownTransport),
+        ({"pool_blokcs": 3}, errors.UnknownOption),
+        ({"transport": "shm", "options": {"no_such": 1}}, errors.UnknownOption),
+        ({"block_size": 0}, errors.ConfigError),
+        ({"peer_timeout": 1, "heartbeat": 2}, errors.ConfigError),
+        ({"window": "sometimes"}, errors.ConfigError),
+    ]
+    for arguments, kind in cases:
+        for make in (tf.Sender, tf.Receiver):
+            with pytest.raises(kind):
+                make(SMALL, **arguments)
+    with pytest.raises(errors.ConfigError):
+        tf.Sender(SMALL, transport="memory", bind="tcp://256.1.1.1:0")
+    with tf.Sender(SMALL, transport="memory") as sender, pytest.raises(errors.ConfigError):
+        tf.Sender(SMALL, transport="memory", bind=sender.address)
+
+
+@pytest.mark.parametrize("integrity", ["full", "sampled", "off"])
+def test_any_integrity_carries_every_byte(kind: str, integrity: str) -> None:
+    with Quay(kind, layout=RICH, pool_blocks=4, integrity=integrity) as quay:
+        quay.carry(3000)
+
+
+def test_a_layout_of_the_callers_own_travels_like_the_standard_one(kind: str) -> None:
+    layout = tf.Layout(
+        [
+            tf.Component("scores", "float64"),
+            tf.Component("flags", "bool", (3,)),
+            tf.Component("codes", "uint8", (7, 300)),
+        ]
+    )
+    with Quay(kind, layout=layout, pool_blocks=3, choose=CHOOSERS["highest-first"]) as quay:
+        quay.carry(1000)
+        quay.carry(0, room=2)
