@@ -154,6 +154,15 @@ class Endpoint:
                     log.exception("ending the transfer failed too")
             return None
 
+    def _look_after(self, work: Callable[[], Any], blame: Callable[[FerryError], Any]) -> None:
+        """The timers of one transfer: whatever they raise is that transfer's end, and the others' go on."""
+        try:
+            work()
+        except Exception as problem:
+            log.exception("an internal error over one transfer; the endpoint goes on")
+            error = problem if isinstance(problem, FerryError) else InternalError(repr(problem))
+            self._guard(lambda: blame(error))
+
     def _answer(self, command: Callable[[], Any], future: Future[Any]) -> None:
         try:
             future.set_result(command())

@@ -9,6 +9,7 @@ import logging
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.core import effects as fx
@@ -313,19 +314,22 @@ class Receiver(Endpoint):
         machine = self.machine
         keys: set[Any] = set()
         for t in list(machine.transfers.values()):
-            self._watch_transfer(t, now, keys)
+            self._look_after(partial(self._watch_transfer, t, now, keys), partial(self._fail, t.xfer))
         for xfer in machine.decisions.uses.keys() - machine.transfers.keys():  # verdicts that somebody has not heard
             keys.add(("verdict", xfer))
             if self._watches.repeat(("verdict", xfer), xfer, now):
                 self._do(machine.resend(xfer))
         for route in {t.route for t in machine.transfers.values()}:
-            self._watch_route(route, now, keys)
-        self._watch_quarantine(now, keys)
+            self._guard(partial(self._watch_route, route, now, keys))
+        self._guard(partial(self._watch_quarantine, now, keys))
         for slab in [s for s, since in self._stuck_slabs.items() if now - since > 1.0]:
             self._stuck_slabs[slab] = now
             self._replace(slab)
         self._watches.keep_only(keys)
         return bool(machine.transfers or self._gatherer.busy)
+
+    def _fail(self, xfer: int, error: FerryError) -> None:
+        self._do(self.machine.fail(xfer, error))
 
     def _watch_transfer(self, t: Transfer, now: float, keys: set[Any]) -> None:
         watches, s, xfer = self._watches, self.settings, t.xfer

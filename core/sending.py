@@ -10,6 +10,7 @@ import logging
 import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.core import effects as fx
@@ -27,6 +28,7 @@ from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, slab_plan
 from tensorferry.core.policy import SenderPolicy
 from tensorferry.core.posting import Poster, Target
 from tensorferry.core.sender import SenderMachine
+from tensorferry.core.sender_state import Slot
 from tensorferry.core.settings import Settings
 from tensorferry.core.source import Source
 from tensorferry.core.staging import Staging
@@ -225,33 +227,41 @@ class Sender(Endpoint):
         keys: set[Any] = set()
         bound = {b.receiver for slot in machine.slots.values() for b in slot.bindings.values()}
         for receiver in bound:
-            self._watch_receiver(receiver, now, keys)
+            self._guard(partial(self._watch_receiver, receiver, now, keys))
         for receiver, target in list(self._poster.targets.items()):  # whoever came and went: keep none of its memory
             if receiver not in bound and self.transport.peer_state(target.peer) is PeerState.GONE:
                 self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
-            keys.add(("slot", slot.id))
-            if watches.repeat(("slot", slot.id), slot.touched, now):
-                self._do(machine.resend(slot.id))
-            if slot.offer is not None and not slot.offer.told:
-                keys.add(("deadline", slot.id))
-                lost = slot.lost if not slot.bindings else None
-                if lost:  # and not merely unwanted so far: its successor has peer_timeout, from now on
-                    keys.add(("lost", slot.id))
-                if watches.age(("deadline", slot.id), now) > s.transfer_deadline:
-                    self._expire(slot.offer.serial, bool(slot.bindings))
-                elif lost and watches.age(("lost", slot.id), now) > s.peer_timeout:
-                    self._do(machine.cancel(slot.offer.serial, PeerLost(lost, room=slot.room)))
-            elif slot.decision == "abort":
-                keys.add(("abort", slot.id))
-                if watches.age(("abort", slot.id), now) > s.announce_deadline:
-                    self._do(machine.force_end(slot.id))
+            self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
         for room in list(machine.given_up):
             keys.add(("given up", room))
             if watches.age(("given up", room), now) > s.announce_deadline:
                 machine.forget_given_up(room)
         watches.keep_only(keys)
         return bool(machine.slots or self._poster.busy)
+
+    def _watch_slot(self, slot: Slot, now: float, keys: set[Any]) -> None:
+        machine, watches, s = self.machine, self._watches, self.settings
+        keys.add(("slot", slot.id))
+        if watches.repeat(("slot", slot.id), slot.touched, now):
+            self._do(machine.resend(slot.id))
+        if slot.offer is not None and not slot.offer.told:
+            keys.add(("deadline", slot.id))
+            lost = slot.lost if not slot.bindings else None
+            if lost:  # and not merely unwanted so far: its successor has peer_timeout, from now on
+                keys.add(("lost", slot.id))
+            if watches.age(("deadline", slot.id), now) > s.transfer_deadline:
+                self._expire(slot.offer.serial, bool(slot.bindings))
+            elif lost and watches.age(("lost", slot.id), now) > s.peer_timeout:
+                self._do(machine.cancel(slot.offer.serial, PeerLost(lost, room=slot.room)))
+        elif slot.decision == "abort":
+            keys.add(("abort", slot.id))
+            if watches.age(("abort", slot.id), now) > s.announce_deadline:
+                self._do(machine.force_end(slot.id))
+
+    def _fail(self, slot: Slot, error: FerryError) -> None:
+        if slot.offer is not None:
+            self._do(self.machine.cancel(slot.offer.serial, error))
 
     def _expire(self, serial: int, bound: bool) -> None:
         cause = f"not delivered within transfer_deadline ({self.settings.transfer_deadline:g} s)"
