@@ -40,6 +40,9 @@ class Group:
 
 SOLO = Group(0, 1)
 
+MOST_OVER = 1 << 16
+"""Ranges of one rank's transfers that are over: at most one more than it has live, which is far below this (MSG-5)."""
+
 
 @dataclass
 class Use:
@@ -83,7 +86,7 @@ class Decisions:
             inc, over = self.over[query.rank] = (query.src, Ranges())
         if query.src < inc or (query.xfer in over and not query.heard):
             return None, None  # late: it must not be taken for a question about the next use of its room
-        if query.heard:
+        if query.heard and (over.pieces < MOST_OVER or query.xfer in over):
             over.add(query.xfer)
         for xfer, use in self.uses.items():
             if use.room != query.room and not query.heard:  # who has forgotten the transfer has forgotten its room
@@ -126,6 +129,7 @@ class Decisions:
     def restore(self, snapshot: Snapshot) -> None:
         uses, over = snapshot
         self.uses = {
-            xfer: Use(room, ranks, dict(bound), verdict, set(heard)) for xfer, room, ranks, bound, verdict, heard in uses
+            xfer: Use(room, ranks, dict(bound), verdict, set(heard))
+            for xfer, room, ranks, bound, verdict, heard in uses
         }
         self.over = {rank: (inc, Ranges(ranges)) for rank, inc, ranges in over}

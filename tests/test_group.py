@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tensorferry.core.errors import ConfigError
-from tensorferry.core.group import SOLO, Decisions, Group
+from tensorferry.core.group import MOST_OVER, SOLO, Decisions, Group
 from tensorferry.core.messages import Query, Verdict
 
 
@@ -107,3 +107,35 @@ def test_a_snapshot_is_the_whole_state() -> None:
     assert other.uses == d.uses
     other.query("c", query(2, 6))
     assert other.snapshot() != d.snapshot()  # nothing is shared
+
+
+def test_a_late_question_is_not_taken_for_one_about_the_next_use_of_its_room() -> None:
+    d = decisions()
+    d.open(50, 7, 2)
+    d.query("a", query(1, 4))
+    d.decide(50, True, "", "")
+    d.query("a", query(1, 4, heard=True))
+    d.open(60, 7, 2)
+    assert d.query("a", query(1, 4)) == (None, None)
+    assert d.query("a", query(1, 5)) == (60, None)
+    assert d.query("a", query(1, 9, src=90)) == (None, None)  # an earlier incarnation of that rank
+    assert d.query("a", query(1, 1, src=900)) == (None, None)  # a later one: the use is bound to its predecessor
+
+
+def test_what_a_hostile_rank_says_it_has_heard_is_bounded() -> None:
+    d = decisions()
+    for xfer in range(0, 2 * MOST_OVER + 100, 2):
+        d.query("a", query(1, xfer, heard=True))
+    assert d.over[1][1].pieces == MOST_OVER
+
+
+def test_a_verdict_is_said_again_to_those_who_have_asked_and_not_heard() -> None:
+    d = decisions()
+    d.open(50, 7, 3)
+    assert d.unheard(50) == []
+    d.query("a", query(1, 4))
+    d.decide(50, True, "", "")
+    assert [(route, verdict.xfer) for route, verdict in d.unheard(50)] == [("a", 4)]
+    d.query("a", query(1, 4, room=0, heard=True))  # who has forgotten the transfer has forgotten its room
+    assert d.unheard(50) == []
+    assert d.unheard(51) == []
