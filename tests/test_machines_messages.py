@@ -16,7 +16,7 @@ from test_wire import KINDS, messages
 from tensorferry.core import effects as fx
 from tensorferry.core import errors as e
 from tensorferry.core import messages as m
-from tensorferry.core.sender import MOST_TOMBSTONES
+from tensorferry.core.sender_state import MOST_TOMBSTONES
 
 SEEDS = st.randoms(use_true_random=False)
 

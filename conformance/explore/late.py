@@ -15,7 +15,8 @@ from tensorferry.conformance.explore.setup import Setup
 from tensorferry.core import messages as m
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.receiver import ReceiverMachine
-from tensorferry.core.sender import Binding, SenderMachine, Slot
+from tensorferry.core.sender import SenderMachine
+from tensorferry.core.sender_state import Binding, Slot
 from tensorferry.core.transfer import Phase
 
 

@@ -15,7 +15,8 @@ from tensorferry.core.effects import Effect
 from tensorferry.core.errors import FerryError, from_code
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.receiver import ReceiverMachine
-from tensorferry.core.sender import Binding, Receiver, SenderMachine, Slot
+from tensorferry.core.sender import SenderMachine
+from tensorferry.core.sender_state import Binding, Receiver, Slot
 from tensorferry.core.transfer import Facts, Peer, Phase, Transfer
 
 
