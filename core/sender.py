@@ -591,8 +591,10 @@ class SenderMachine(SenderState):
         self.contested.discard(slot.id)
         if self.rooms.get(slot.room) == slot.id:
             del self.rooms[slot.room]
-        if slot.offer is not None and slot.offer.error is None:
-            self.orphans.add(slot.offer.serial)
+        if slot.offer is not None:
+            del self.serials[slot.offer.serial]
+            if slot.offer.error is None:  # else `_tell` has seen to the rows
+                self.orphans.add(slot.offer.serial)
         self._release_sources()
 
     def _bury(self, b: Binding) -> None:
