@@ -719,13 +719,14 @@ def test_defect_28_an_exception_over_one_request_ends_the_worker_that_serves_all
     with Quay(block_size=16, pool_blocks=8, **deadlines) as quay:  # and so it is with what timers do
         one, two = quay.receive(1), quay.receive(2)
         three, four = quay.sender.announce(3, 5), quay.sender.announce(4, 5)
-        for end in (quay.sender, quay.receiver):
-            resend, keys = end.machine.resend, (one._xfer, three._serial)
+        for end, room in ((quay.sender, 3), (quay.receiver, 1)):
+            machine, resend = end.machine, end.machine.resend
 
-            def fails(key: int, resend: Any = resend, first: int = keys[end is quay.sender]) -> Any:
-                return resend(key) if key != first else 1 / 0
+            def fails(key: int, machine: Any = machine, resend: Any = resend, room: int = room) -> Any:
+                known = machine.slots if hasattr(machine, "slots") else machine.transfers
+                return resend(key) if known[key].room != room else 1 / 0
 
-            end.machine.resend = fails  # type: ignore[method-assign]
+            machine.resend = fails  # type: ignore[method-assign]
         for transfer, error in (
             (one, InternalError),
             (two, e.DeadlineExceeded),
