@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.core.errors import BadCall, Cancelled, DeadlineExceeded, FerryError
-from tensorferry.core.rounds import Round
+from tensorferry.core.rounds import Round, RoundLog
 from tensorferry.core.transfer import Status
 
 if TYPE_CHECKING:
@@ -132,13 +132,21 @@ class ReceiveTransfer(Transfer):
         received: 0 again when the sender has restarted with another."""
         self.rows_complete = False
         """Every row of this rank is here; with several ranks the group's decision may still be out."""
-        self.rounds: tuple[Round, ...] = ()
-        """Grants that have wholly arrived: (round, start, tokens, blocks) each."""
-        self.history: tuple[int, ...] = ()
-        """sent_tokens after each of `rounds`."""
         self._receiver = receiver
         self._xfer = 0
         self._result: Result | None = None
+        self._log = RoundLog()
+        self._block_size = receiver.settings.block_size
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """Grants that have wholly arrived: (round, start, tokens, blocks) each."""
+        return self._log.finished(self._block_size, self.total_tokens or 0)
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """sent_tokens after each of `rounds`."""
+        return tuple(self._log.watermarks)
 
     def result(self, timeout: float | None = 0) -> Result:
         """The tensors: one `[total_tokens, *shape]` per component, None for an absent one, and `aux`. They are the

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from tensorferry.core.layout import destination_bytes
+
+if TYPE_CHECKING:
+    from tensorferry.core.layout import Geometry, Layout
+    from tensorferry.core.settings import Settings
 
 AUTO_WINDOW_BLOCKS = 16
 """Blocks in use at once under `window=auto`. 8 to 16 blocks stay in the last-level cache and are reused hot: measured
@@ -55,3 +61,28 @@ class ReceiverPolicy:
 class SenderPolicy:
     max_rooms: int = 4096
     max_peers: int = 16384
+
+
+def receiver_policy(settings: Settings, layout: Layout, geometry: Geometry) -> ReceiverPolicy:
+    """What production uses."""
+
+    def cost(total: int, present: int) -> int:
+        """Bytes of the destination; 0 for a bitmap of no sense, which Reserve refuses next."""
+        try:
+            return destination_bytes(layout, total, layout.present(present))
+        except ValueError:
+            return 0
+
+    return ReceiverPolicy(
+        block_size=settings.block_size,
+        first_grant=min(geometry.blocks_for(settings.first_grant), settings.pool_blocks),
+        optimistic=settings.first_grant_mode == "optimistic",
+        window=settings.window,  # type: ignore[arg-type]  # read and checked by Settings
+        budget=settings.destination_budget,
+        cost=cost,
+        max_bumps=settings.max_bumps,
+        max_rooms=settings.max_rooms,
+        fail_when_exhausted=settings.on_exhausted == "fail",
+        quarantine_quota=int(settings.quarantine_quota * settings.pool_blocks),
+        pause_after_bump=True,
+    )

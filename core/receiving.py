@@ -31,8 +31,8 @@ from tensorferry.core.errors import (
 from tensorferry.core.gathering import Gatherer
 from tensorferry.core.group import SOLO, Group
 from tensorferry.core.handles import ReceiveTransfer
-from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, destination_bytes
-from tensorferry.core.policy import ReceiverPolicy
+from tensorferry.core.layout import AUX_WORDS, Geometry, Layout
+from tensorferry.core.policy import receiver_policy
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import bump_pause
@@ -98,8 +98,9 @@ class Receiver(Endpoint):
             self._check_poison(chosen)
             return chosen
 
+        policy = receiver_policy(settings, layout, self.geometry)
         self.machine = ReceiverMachine(
-            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick), self._policy(), group
+            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick), policy, group
         )
         self.machine.generations = [generation for _, generation in regions]
         self._gatherer = Gatherer(transport, self._buffers, self.machine, self._do)
@@ -108,28 +109,6 @@ class Receiver(Endpoint):
         self._heard: dict[str, float] = {}
         self._stuck_slabs: dict[int, float] = {}
         self._thread.start()
-
-    def _policy(self) -> ReceiverPolicy:
-        s = self.settings
-        return ReceiverPolicy(
-            block_size=s.block_size,
-            first_grant=min(self.geometry.blocks_for(s.first_grant), s.pool_blocks),
-            optimistic=s.first_grant_mode == "optimistic",
-            window=s.window,  # type: ignore[arg-type]  # read and checked by Settings
-            budget=s.destination_budget,
-            cost=self._cost,
-            max_bumps=s.max_bumps,
-            max_rooms=s.max_rooms,
-            fail_when_exhausted=s.on_exhausted == "fail",
-            quarantine_quota=int(s.quarantine_quota * s.pool_blocks),
-            pause_after_bump=True,
-        )
-
-    def _cost(self, total: int, present: int) -> int:
-        try:
-            return destination_bytes(self.layout, total, self.layout.present(present))
-        except ValueError:
-            return 0  # a bitmap of no sense: Reserve, which comes next, refuses it
 
     # ---- what callers do ---------------------------------------------------------------------------------------
 
@@ -280,9 +259,7 @@ class Receiver(Endpoint):
         order = list(type(transfer.status))
         if t.facts is not None:
             transfer.total_tokens = t.facts.total
-            if len(t.log.watermarks) != len(transfer.history):
-                transfer.rounds = t.log.finished(self.settings.block_size, t.facts.total)
-                transfer.history = tuple(t.log.watermarks)
+            transfer._log = t.log
         ready = self.machine.sent_tokens(t)
         transfer.sent_tokens, transfer.ready_tokens = max(transfer.sent_tokens, ready), ready
         transfer.rows_complete = t.phase is Phase.VOTED and t.error is None

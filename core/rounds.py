@@ -39,20 +39,20 @@ class RoundLog:
         entry = self._rounds.get(number) if number is not None else None
         if number is None or entry is None:
             return
-        entry[1] -= 1
         if arrived:
             entry[2] += 1
             entry[3] = max(entry[3], index)
-        if not entry[1]:
+        if entry[1] == 1:
             if entry[2]:
                 self.watermarks.append(watermark)
             else:
                 del self._rounds[number]
+        entry[1] -= 1
 
     def finished(self, block_size: int, total: int) -> tuple[Round, ...]:
         """The finished rounds in order, renumbered from 0 without the ones that were wholly taken back."""
         rounds: list[Round] = []
-        for first, pending, arrived, last in self._rounds.values():
+        for first, pending, arrived, last in list(self._rounds.values()):  # another thread may be reading
             if pending or not arrived:
                 continue
             tail = max(0, (last + 1) * block_size - total)
