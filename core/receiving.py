@@ -318,6 +318,12 @@ class Receiver(Endpoint):
             keys.add(("paused", xfer, t.bumps))
             if watches.age(("paused", xfer, t.bumps), now) >= bump_pause(t.bumps):
                 self._do(self.machine.resume_grants(xfer))
+        if not t.told and not self.group.leads and self.group.leader and not self.machine.leader_inc:
+            if age > s.peer_timeout:  # the caller is told; the room itself is the leader's to end, should it ever come
+                nobody = f"the group's leader has not answered within peer_timeout ({s.peer_timeout:g} s)"
+                hint = "Check the group's leader address and that rank 0 is running"
+                self._do(self.machine.cancel(xfer, PeerUnreachable(nobody, peer=self.group.leader, hint=hint)))
+            return
         if not t.live or t.error is not None or t.plea is not None:
             return
         if age > s.transfer_deadline:

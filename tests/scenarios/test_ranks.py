@@ -232,3 +232,11 @@ def test_a_group_of_one_is_no_group(kind: str) -> None:
         sending, receiving = quay.sender.send(1, **given), alone.receive(1, quay.sender.address)
         assert_same(receiving.result(PATIENCE), given)
         sending.wait(PATIENCE)
+
+
+def test_a_follower_whose_leader_is_not_there_says_so_in_bounded_time(kind: str) -> None:
+    group = tf.Group(1, 2, leader="tcp://127.0.0.1:9")
+    with tf.Sender(SMALL, transport=kind) as sender, tf.Receiver(SMALL, transport=kind, group=group, **QUICK) as rank1:
+        with pytest.raises(errors.PeerUnreachable, match="leader"):
+            rank1.receive(1, sender.address).wait(PATIENCE)
+        assert rank1.free_blocks == rank1.pool_blocks
