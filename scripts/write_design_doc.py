@@ -1,7 +1,7 @@
 """Fill in what docs/design.md takes from the code: the phase diagram and the table of messages.
 
-    python scripts/write_design_doc.py           write
-    python scripts/write_design_doc.py --check   exit 1 if it is out of date
+python scripts/write_design_doc.py           write
+python scripts/write_design_doc.py --check   exit 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def messages() -> str:
 def filled(text: str) -> str:
     for name, content in (("phases", phases()), ("messages", messages())):
         start, stop = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = re.sub(f"{start}.*?{stop}", lambda _, c=content, a=start, z=stop: f"{a}\n{c}\n{z}", text, flags=re.S)
+        text = re.sub(
+            f"{start}.*?{stop}", lambda _, c=content, a=start, z=stop: f"{a}\n{c}\n{z}", text, flags=re.DOTALL
+        )
     return text
 
 

@@ -91,7 +91,7 @@ class Ferry:
                 case fx.PostWrite() as write:
                     for first, block, count, _ in write.runs:
                         self.writes.extend((write, first + k, block + k) for k in range(count))
-                case fx.Gather(xfer, epoch, items):
+                case fx.Gather(xfer, _, items):
                     good, bad = [], []
                     for index, block, digest in items:
                         found = self.memory.get((who, block))

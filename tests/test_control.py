@@ -151,11 +151,11 @@ def test_a_route_that_does_not_exist_is_counted(stack: ExitStack, route: str) ->
     "address", ["nonsense", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "http://x:1", "tcp://127.0.0.1:x"]
 )
 def test_what_is_no_address_is_a_config_error(stack: ExitStack, address: str) -> None:
-    with pytest.raises(ConfigError, match="cannot bind|ports are"):
+    with pytest.raises(ConfigError, match=r"cannot bind|ports are"):
         Control(b"x", address)
     client = Control(b"client")
     stack.callback(client.close)
-    with pytest.raises(ConfigError, match="no address|ports are"):
+    with pytest.raises(ConfigError, match=r"no address|ports are"):
         client.connect(address)
 
 

@@ -1,4 +1,4 @@
-"""The documents say what the code does: the README's example runs, generated parts are up to date, links lead somewhere."""
+"""The documents say what the code does: the example runs, generated parts are up to date, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_example_in_the_readme_runs() -> None:
-    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(example.strip().splitlines()) <= 20
     run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr

@@ -189,7 +189,8 @@ BROKEN: dict[str, tuple[str, str, Readiness]] = {
     "is a function": ("def Fake(): pass", "not a Transport", Readiness.BROKEN),
     "is another class": ("class Fake: pass", "not a Transport", Readiness.BROKEN),
     "is half a transport": (
-        "from tensorferry.core.transport import Transport\nclass Fake(Transport):\n    name, contract_version = 'acme', 1",
+        "from tensorferry.core.transport import Transport\n"
+        "class Fake(Transport):\n    name, contract_version = 'acme', 1",
         "lacks __init__, allocate",
         Readiness.BROKEN,
     ),
