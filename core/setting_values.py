@@ -15,11 +15,11 @@ MAX_COUNT = 2**31 - 1
 MAX_BYTES = 2**63 - 1
 
 
-def count(minimum: int) -> Callable[[object], int]:
+def count(minimum: int, maximum: int = MAX_COUNT) -> Callable[[object], int]:
     def read(value: object) -> int:
         number = _integer(value)
-        if not minimum <= number <= MAX_COUNT:
-            raise ValueError(f"must lie between {minimum} and {MAX_COUNT}")
+        if not minimum <= number <= maximum:
+            raise ValueError(f"must lie between {minimum} and {maximum}")
         return number
 
     return read

@@ -134,7 +134,7 @@ class Settings:
     )
     slabs: int = _setting(
         8,
-        values.count(1),
+        values.count(1, 512),
         "Pieces that the pool is registered in, at most one a block. A piece whose writes cannot be proved ended is "
         "replaced on its own while the others go on.",
         source="Replacing one then costs an eighth of the pool.",

@@ -300,3 +300,8 @@ def test_the_page_about_settings_is_in_step():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), f"run {source}"
+
+
+def test_there_are_no_more_slabs_than_transports_take_regions() -> None:
+    with pytest.raises(ConfigError, match="between 1 and 512"):
+        Settings(slabs=513)
