@@ -117,6 +117,9 @@ class HostCopyTransport(Transport):
         self._revision += 1
         self._withdraw(live)
 
+    def path(self, peer: Any = None) -> str:
+        return "memcpy"
+
     def _publish(self, region: Region) -> None:
         """Make a new region reachable for peers. May refuse it by raising."""
 

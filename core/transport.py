@@ -191,6 +191,11 @@ class Transport(ABC):
     def peer_state(self, peer: Any) -> PeerState:
         """ALIVE, UNKNOWN, or GONE with proof. Cheap and non-blocking."""
 
+    def path(self, peer: Any = None) -> str:
+        """What carries the bytes, in a word: "rdma", "tcp", "memcpy"; to `peer`, where one is given. Only what is known:
+        the setting `require` compares with it and fails closed. Cheap and non-blocking. Default: the name."""
+        return self.name
+
     @abstractmethod
     def post(self, peer: Any, copies: Sequence[Copy]) -> int:
         """Start writing a batch; returns a handle at once. Raises *before any byte moves*: OutOfBounds, Unsupported for
