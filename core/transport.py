@@ -192,8 +192,8 @@ class Transport(ABC):
         """ALIVE, UNKNOWN, or GONE with proof. Cheap and non-blocking."""
 
     def path(self, peer: Any = None) -> str:
-        """What carries the bytes, in a word: "rdma", "tcp", "memcpy"; to `peer`, where one is given. Only what is known:
-        the setting `require` compares with it and fails closed. Cheap and non-blocking. Default: the name."""
+        """What carries the bytes, in a word: "rdma", "tcp", "memcpy"; to `peer`, where one is given. Only what is
+        known: the setting `require` compares with it and fails closed. Non-blocking. Default: the name."""
         return self.name
 
     @abstractmethod
