@@ -20,7 +20,7 @@ demo: ## move a real embedding that is larger than the pool, and verify every by
 # could be imported under bare names.
 .PHONY: test
 test: ## run every test
-	@scripts/setup dev
+	@scripts/setup engines
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: check
