@@ -56,6 +56,11 @@ explore: ## explore the protocol's states exhaustively
 engines: ## add the optional engines (Mooncake, NIXL) and the system libraries that they need
 	@scripts/setup engines
 
+.PHONY: rdma
+rdma: ## check mooncake on real RDMA verbs, in a VM that has them (docs/rdma.md; Debian 12, root, 125 MB once)
+	@scripts/setup engines
+	@scripts/check-rdma $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment and everything that was built
 	rm -rf .venv .venv.lock build dist src/*.egg-info
