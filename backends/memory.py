@@ -146,7 +146,7 @@ class MemoryTransport(HostCopyTransport):
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(Readiness.READY, "works between two endpoints of one process, and nowhere else")
+        return Probe(Readiness.READY, "works between two endpoints of one process, and nowhere else", path="memcpy")
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

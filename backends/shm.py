@@ -140,15 +140,16 @@ class ShmTransport(HostCopyTransport):
                 f"shared memory is not to be had: {error}",
                 hint="shm needs Linux with memfd, abstract unix sockets and /proc",
             )
-        facts = {"path": "memcpy into memfd", "boot_id": host.boot_id, "network_namespace": str(host.network)}
+        facts = {"boot_id": host.boot_id, "network_namespace": str(host.network)}
         if not _process.supported():
             return Probe(
                 Readiness.DEGRADED,
                 "works, but the end of a peer's process cannot be proved",
                 hint="pidfd_open is missing: Linux 5.3 or later, and a sandbox that allows it",
                 facts=facts,
+                path="memcpy",
             )
-        return Probe(Readiness.READY, "memfd, abstract unix sockets and pidfd all work", facts=facts)
+        return Probe(Readiness.READY, "memfd, abstract unix sockets and pidfd all work", facts=facts, path="memcpy")
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tensorferry.core.carriers import Carriers, Regions
 from tensorferry.core.digest import digest
 from tensorferry.core.errors import BadCall, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, destination_bytes, slab_plan
 from tensorferry.core.memory import Memory, advise_huge_pages, copy_bytes
-from tensorferry.core.transport import Region, Transport
 
 
 class Gathered:
@@ -122,7 +122,7 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class _Grave:
-    region: Region
+    memory: Memory
     waiting: set[Hashable]
 
 
@@ -138,15 +138,15 @@ class Graveyard:
 
     @property
     def nbytes(self) -> int:
-        return sum(grave.region.memory.nbytes for grave in self._graves)
+        return sum(grave.memory.nbytes for grave in self._graves)
 
     def nbytes_of(self, key: Hashable) -> int:
         """Bytes that wait for `key`: what a quota per peer is measured against."""
-        return sum(grave.region.memory.nbytes for grave in self._graves if key in grave.waiting)
+        return sum(grave.memory.nbytes for grave in self._graves if key in grave.waiting)
 
-    def bury(self, region: Region, keys: Iterable[Hashable]) -> None:
-        """Keep a retired region's memory until `exhume` was called for each key; without keys, until `clear`."""
-        self._graves.append(_Grave(region, set(keys)))
+    def bury(self, memory: Memory, keys: Iterable[Hashable]) -> None:
+        """Keep a retired slab's memory until `exhume` was called for each key; without keys, until `clear`."""
+        self._graves.append(_Grave(memory, set(keys)))
 
     def exhume(self, key: Hashable) -> int:
         """Nothing of `key` can land any more (it is gone): returns the bytes given up."""
@@ -166,24 +166,25 @@ class Graveyard:
 @dataclass(slots=True)
 class _Slab:
     plan: SlabPlan
-    region: Region
+    memory: Memory
+    regions: Regions
     view: memoryview
 
 
 class PoolBuffers:
-    """The pool's memory: one region per slab, registered when this is made.
+    """The pool's memory: one piece per slab, registered with every transport when this is made.
 
     `poison`: a debugging aid, off by default. Freed blocks are filled with a pattern and `check_poison` looks for it
     when they are granted, so that a write to a block that nobody had been granted is seen at the victim.
     One thread only (the endpoint's I/O thread).
     """
 
-    def __init__(self, transport: Transport, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
+    def __init__(self, carriers: Carriers, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
         self.layout = layout
         self.geometry = geometry
         self.graveyard = Graveyard()
         self.poisoning = poison
-        self._transport = transport
+        self._carriers = carriers
         self._slabs = [self._fresh(slab) for slab in range(geometry.slab_count)]
         if poison:
             for block in range(geometry.pool_blocks):
@@ -192,27 +193,30 @@ class PoolBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of the pool, the graveyard not counted."""
-        return sum(slab.region.memory.nbytes for slab in self._slabs)
+        return sum(slab.memory.nbytes for slab in self._slabs)
 
-    def regions(self) -> list[tuple[int, int]]:
-        """(region id, generation) by slab: what Hello tells peers."""
-        return [(slab.region.id, slab.region.generation) for slab in self._slabs]
+    def regions(self) -> list[Regions]:
+        """By slab: what Hello tells peers, per transport."""
+        return [slab.regions for slab in self._slabs]
 
-    def region(self, slab: int) -> Region:
-        return self._slabs[slab].region
+    def memory(self, slab: int) -> Memory:
+        return self._slabs[slab].memory
 
-    def replace(self, slab: int, keys: Iterable[Hashable] = ()) -> Region:
-        """Fresh memory behind a slab; the old region is retired and buried, still mapped, until all `keys` are exhumed.
+    def flush(self, slab: int) -> None:
+        """What was placed in a slab is visible after it, where a transport needs to be asked."""
+        self._carriers.flush(self._slabs[slab].regions)
+
+    def replace(self, slab: int, keys: Iterable[Hashable] = ()) -> None:
+        """Fresh memory behind a slab; the old is retired and buried, still mapped, until all `keys` are exhumed.
 
         No block of the slab may be granted or being gathered. If there is no memory, this raises and nothing changes.
         """
         old = self._slabs[slab]
-        self._slabs[slab] = fresh = self._fresh(slab)
-        self.graveyard.bury(old.region, keys)
-        self._transport.retire(old.region)
+        self._slabs[slab] = self._fresh(slab)
+        self.graveyard.bury(old.memory, keys)
+        self._carriers.retire(old.regions)
         for block in self.geometry.slab_blocks(slab):
             self.poison(block)
-        return fresh.region
 
     def digest(self, block: int, index: int, total: int, names: Iterable[str], seed: int, mode: str) -> int:
         """The digest of pool block `block` as block `index` of a transfer of `total` tokens with components `names`."""
@@ -273,16 +277,16 @@ class PoolBuffers:
                     raise InternalError(f"free block {block} was written to, {where} bytes from the start of an area")
 
     def close(self) -> None:
-        """Retire the slabs and let go of all memory. The transport still holds what peers may write to."""
+        """Retire the slabs and let go of all memory. The transports still hold what peers may write to."""
         for slab in self._slabs:
-            self._transport.retire(slab.region)
+            self._carriers.retire(slab.regions)
         self._slabs.clear()
         self.graveyard.clear()
 
     def _fresh(self, slab: int) -> _Slab:
         plan = slab_plan(self.layout, self.geometry, slab)
-        memory = self._transport.allocate(plan.nbytes)
-        return _Slab(plan, self._transport.register(memory), memory.view())
+        memory = self._carriers.allocate(plan.nbytes)
+        return _Slab(plan, memory, self._carriers.register(memory), memory.view())
 
     def _locate(self, block: int, count: int) -> tuple[_Slab, int]:
         if not (0 <= block < self.geometry.pool_blocks and count >= 1):

@@ -14,11 +14,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
 from tensorferry.core import messages as m
+from tensorferry.core.carriers import Carriers
 from tensorferry.core.control import Control
 from tensorferry.core.effects import Effect, Send
 from tensorferry.core.errors import (
@@ -27,14 +28,11 @@ from tensorferry.core.errors import (
     ConfigError,
     FerryError,
     InternalError,
-    TransportError,
-    TransportMismatch,
-    VersionMismatch,
 )
 from tensorferry.core.layout import Layout
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import IDLE_TICK, TICK, Watches, new_incarnation
-from tensorferry.core.transport import CONTRACT_VERSION, Transport
+from tensorferry.core.transport import Transport
 
 log = logging.getLogger("tensorferry.endpoint")
 
@@ -51,14 +49,22 @@ CALL_SECONDS = 60.0
 class Endpoint:
     """Base of the two endpoints. Subclasses supply `_on_message`, `_carry_out`, `_progress`, `_tick`, `_wind_down`."""
 
-    def __init__(self, layout: Layout, transport: Transport, settings: Settings, *, bind: str, name: str) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        transports: Transport | Sequence[Transport],
+        settings: Settings,
+        *,
+        bind: str,
+        name: str,
+    ) -> None:
         self.layout = layout
         self.settings = settings
-        self.transport = transport
         self.incarnation = new_incarnation(time.time_ns(), random.getrandbits(12))
         self.name = name or f"{os.getpid()}-{self.incarnation:x}"
         if len(self.name) > 128:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
+        self.carriers = Carriers(transports, require=settings.require)
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a caller may never poll
@@ -67,8 +73,7 @@ class Endpoint:
         self._stopped = threading.Event()
         self._close_lock = threading.Lock()
         self._control = Control(_identity(self.incarnation), bind)
-        if transport.capabilities.wakes:
-            transport.on_progress(self._control.wake)
+        self.carriers.on_progress(self._control.wake)
         self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
 
     # ---- for subclasses ----------------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ class Endpoint:
             while True:
                 if self._commands:
                     timeout = 0.0
-                elif busy and not self.transport.capabilities.wakes:
+                elif busy and not self.carriers.wakes:
                     timeout = BUSY_POLL
                 else:
                     timeout = TICK if live or deadline is not None else IDLE_TICK
@@ -182,25 +187,6 @@ class Endpoint:
                 failed = failed or problem
         if failed is not None:
             raise failed
-
-    def _connect(self, hello: m.Hello, who: str) -> Any:
-        """The transport's peer for a Hello. Raises TransportMismatch, VersionMismatch, or what `connect` raises."""
-        offer = next((o for o in hello.offers if o.name == self.transport.name), None)
-        if offer is None:
-            offered = ", ".join(o.name for o in hello.offers) or "none"
-            raise TransportMismatch(f"this side has {self.transport.name}, the peer offers {offered}", peer=who)
-        if offer.contract != CONTRACT_VERSION:
-            raise VersionMismatch(f"transport contract {offer.contract} at the peer, {CONTRACT_VERSION} here", peer=who)
-        try:
-            return self.transport.connect(offer.descriptor)
-        except FerryError:
-            raise
-        except Exception as problem:
-            log.exception("%s.connect raised what no transport may raise", self.transport.name)
-            raise TransportError(f"{type(problem).__name__}: {problem}", peer=who) from problem
-
-    def _offers(self) -> tuple[m.Offer, ...]:
-        return (m.Offer(self.transport.name, CONTRACT_VERSION, self.transport.describe()),)
 
     # ---- callers -----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from tensorferry.core.buffers import Destination, Gathered, PoolBuffers
 from tensorferry.core.digest import block_seed
 from tensorferry.core.errors import FerryError, InternalError
 from tensorferry.core.receiver import ReceiverMachine
-from tensorferry.core.transport import Transport
 
 log = logging.getLogger("tensorferry.receiver")
 
@@ -32,13 +31,11 @@ class Gatherer:
 
     def __init__(
         self,
-        transport: Transport,
         buffers: PoolBuffers,
         machine: ReceiverMachine,
         do: Callable[[list[fx.Effect]], None],
     ) -> None:
         self.destinations: dict[int, Destination] = {}  # by xfer, until the end
-        self._transport = transport
         self._buffers = buffers
         self._machine = machine
         self._do = do
@@ -65,9 +62,8 @@ class Gatherer:
         t = self._machine.transfers[g.xfer]
         facts, destination = t.facts, self.destinations[g.xfer]
         assert facts is not None
-        if self._transport.capabilities.needs_flush:
-            for slab in {self._buffers.geometry.slab_of(block) for _, block, _ in g.items}:
-                self._transport.flush(self._buffers.region(slab))
+        for slab in {self._buffers.geometry.slab_of(block) for _, block, _ in g.items}:
+            self._buffers.flush(slab)
         names = destination.names
         good: list[tuple[int, int]] = []
         bad: list[int] = []

@@ -37,6 +37,7 @@ _GRANT_RUN = struct.Struct("<IIII")
 _DONE_RUN = struct.Struct("<II")
 _DIGEST = struct.Struct("<Q")
 _REGION = struct.Struct("<II")
+_GENERATION = struct.Struct("<I")
 
 
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,18 +63,23 @@ class ToSender(FromReceiver, frozen=True, kw_only=True):
 
 
 class Offer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One transport that the speaker can use, with its descriptor."""
+    """One transport that the speaker has open: what carries its bytes, its descriptor, and what it calls the slabs.
+
+    `regions` is packed: (region id, generation) per slab, empty from a sender.
+    """
 
     name: Name
     contract: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    path: Annotated[str, Meta(max_length=32)]
     descriptor: Annotated[bytes, Meta(max_length=64 * 1024)]
+    regions: Annotated[bytes, Meta(max_length=_REGION.size * MAX_RUNS)]
 
 
 class Hello(FromReceiver, frozen=True, tag="H", kw_only=True):
     """Once per pair of incarnations, and again when something in it changes (`revision` counts the changes).
 
-    `ack` is the revision of the listener's Hello that the speaker has seen. `regions` is packed: (region id,
-    generation) per slab, empty from a sender. A sender's pool fields are 0.
+    `ack` is the revision of the listener's Hello that the speaker has seen. `generations` is packed: how often each
+    slab has had fresh memory, from 1; empty from a sender. A sender's pool fields are 0.
     """
 
     version: Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -82,7 +88,7 @@ class Hello(FromReceiver, frozen=True, tag="H", kw_only=True):
     block_size: U32
     pool_blocks: U32
     slabs: U32
-    regions: Annotated[bytes, Meta(max_length=_REGION.size * MAX_RUNS)]
+    generations: Annotated[bytes, Meta(max_length=_GENERATION.size * MAX_RUNS)]
     offers: Annotated[tuple[Offer, ...], Meta(max_length=8)]
     revision: U32
     ack: U32
@@ -113,7 +119,7 @@ class Admitted(ToSender, frozen=True, tag="M", kw_only=True):
 
 
 class Grant(ToSender, frozen=True, tag="G", kw_only=True):
-    """Blocks for missing indices. `runs` is packed: (first index, first block, count, region generation).
+    """Blocks for missing indices. `runs` is packed: (first index, first block, count, generation of the slab).
 
     `prefix` is sent_tokens in blocks; nothing below it needs to be said again.
     """
@@ -150,7 +156,8 @@ class Close(ToSender, frozen=True, tag="X", kw_only=True):
 class Announce(OfTransfer, frozen=True, tag="A", kw_only=True):
     """Length and content, immutable; `ready` tokens can be read now, and only grows.
 
-    `present` is the layout's presence bitmap, `aux` int64[16] little-endian, `integrity` the kind of the digests.
+    `present` is the layout's presence bitmap, `aux` int64[16] little-endian, `integrity` the kind of the digests. `via`
+    is the transport that carries for the time being: said for people to read, nothing is decided by it.
     """
 
     total: Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -159,6 +166,7 @@ class Announce(OfTransfer, frozen=True, tag="A", kw_only=True):
     aux: Annotated[bytes, Meta(min_length=128, max_length=128)]
     integrity: Annotated[str, Meta(max_length=16)]
     ready: Annotated[int, Meta(ge=0, lt=1 << 48)]
+    via: Annotated[str, Meta(max_length=128)]
 
 
 class Done(OfTransfer, frozen=True, tag="D", kw_only=True):
@@ -276,6 +284,17 @@ def unpack_regions(data: bytes) -> list[tuple[int, int]]:
     if len(data) % _REGION.size:
         raise ValueError("torn list of regions")
     return [(a, b) for a, b in _REGION.iter_unpack(data)]
+
+
+def pack_generations(generations: Iterable[int]) -> bytes:
+    """One per slab."""
+    return b"".join(_GENERATION.pack(generation) for generation in generations)
+
+
+def unpack_generations(data: bytes) -> list[int]:
+    if len(data) % _GENERATION.size:
+        raise ValueError("torn list of generations")
+    return [generation for (generation,) in _GENERATION.iter_unpack(data)]
 
 
 def _unpack(kind: struct.Struct, data: bytes, count_at: int) -> list[tuple[int, ...]]:

@@ -11,19 +11,23 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from tensorferry.core import effects as fx
+from tensorferry.core.carriers import Carriers, Reach
 from tensorferry.core.digest import block_seed, digest
-from tensorferry.core.errors import FerryError, TransportError, UnknownInFlight
+from tensorferry.core.errors import FerryError, OutOfBounds, TransportError, UnknownInFlight
 from tensorferry.core.layout import Geometry, Layout, SlabPlan, slab_plan
 from tensorferry.core.memory import Memory, copy_bytes, host_memory
 from tensorferry.core.sender import SenderMachine
 from tensorferry.core.source import Source, write_plan
-from tensorferry.core.staging import Stage, Staging
+from tensorferry.core.staging import Stage, Stagings
 from tensorferry.core.transport import Copy, RemoteRegion, Status, Transport
 
 log = logging.getLogger("tensorferry.sender")
+
+FALL_BACK_AFTER = 3
+"""Posts in a row that go wrong before the next transport carries. One bad write says little; the transfer has
+`max_bumps` fresh starts for all of them together."""
 
 MOST_POSTS = 8
 """Posts under way to one receiver. More keep no transport busier, and a revoked grant's unposted rest costs nothing."""
@@ -53,6 +57,8 @@ class Outcome(Enum):
 @dataclass(slots=True)
 class Posted:
     part: Part
+    transport: Transport
+    handle: int
     stage: Stage | None
     digests: dict[int, int]
     unknown: bool = False
@@ -60,11 +66,11 @@ class Posted:
 
 @dataclass(slots=True)
 class Target:
-    """A receiver as the transport knows it."""
+    """A receiver as the transports know it. `generations`: of its slabs, as its newest Hello says."""
 
-    peer: Any
+    reach: Reach
     geometry: Geometry
-    regions: list[tuple[int, int]]
+    generations: list[int]
 
 
 class Poster:
@@ -73,11 +79,11 @@ class Poster:
     def __init__(
         self,
         layout: Layout,
-        transport: Transport,
+        carriers: Carriers,
         machine: SenderMachine,
         do: Callable[[list[fx.Effect]], None],
         *,
-        staging: Staging,
+        staging: Stagings,
         block_size: int,
         integrity: str,
     ) -> None:
@@ -85,13 +91,14 @@ class Poster:
         self.targets: dict[int, Target] = {}  # by receiver incarnation
         self.staging = staging
         self._layout = layout
-        self._transport = transport
+        self._carriers = carriers
         self._machine = machine
         self._do = do
         self._block_size = block_size
         self._integrity = integrity
         self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
-        self._posted: dict[int, Posted] = {}  # by the transport's handle
+        self._posted: dict[int, Posted] = {}  # in the order of posting
+        self._posts = 0
 
     def _plan(self, receiver: int, block: int) -> SlabPlan:
         geometry = self.targets[receiver].geometry
@@ -101,7 +108,8 @@ class Poster:
         """Cut a grant into posts: large enough for the engine's best rate, small enough to overlap with the gather."""
         source = self.sources[write.serial]
         block_bytes = self._block_size * sum(self._layout[name].token_bytes for name in source.names)
-        preferred = max(1, self._transport.capabilities.preferred_post_bytes // max(1, block_bytes))
+        lane = self.targets[write.receiver].reach.lane
+        preferred = max(1, lane.transport.capabilities.preferred_post_bytes // max(1, block_bytes))
         line = self._lines.setdefault(write.receiver, deque())
         for index, block, count, generation in write.runs:
             step = min(preferred, self.staging.max_blocks(self._plan(write.receiver, block), source.names))
@@ -115,8 +123,8 @@ class Poster:
 
     def progress(self) -> bool:
         """Report what has finished, then post what is in line. True while something is under way."""
-        for handle, posted in list(self._posted.items()):
-            self._look(handle, posted)
+        for number, posted in list(self._posted.items()):
+            self._look(number, posted)
         self._post_all()
         return bool(self._posted)
 
@@ -145,72 +153,100 @@ class Poster:
             self._do(self._machine.write_drained(write.write, set(part.indices)))
             return Outcome.OVER
         stage: Stage | None = None
+        target = self.targets.get(write.receiver)
         try:
-            source, target = self.sources[write.serial], self.targets[write.receiver]
+            if target is None:
+                raise TransportError("the receiver cannot be reached any more")
+            source, lane = self.sources[write.serial], target.reach.lane
+            transport, staging = lane.transport, self.staging.of(lane.transport)
             plan = self._plan(write.receiver, part.block)
-            needed = plan.stage_bytes(source.names, part.count, rows=self.staging.holds_rows)
+            needed = plan.stage_bytes(source.names, part.count, rows=staging.holds_rows)
             if needed:
-                stage = self.staging.take(needed)
+                stage = staging.take(needed)
                 if stage is None:
                     return Outcome.NO_STAGE
             slab = target.geometry.slab_of(part.block)
             inside = part.block - target.geometry.slab_blocks(slab).start
-            remote = RemoteRegion(target.regions[slab][0], part.generation)
+            if target.generations[slab] != part.generation:
+                raise OutOfBounds(f"slab {slab} of the receiver has other memory by now")
+            remote = RemoteRegion(*lane.regions[slab])
             copies = [
                 Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
                 for c in write_plan(source, plan, part.index, inside, part.count, stage)
             ]
-            if len(copies) > self._transport.capabilities.max_copies:
+            if len(copies) > transport.capabilities.max_copies:
                 copies = joined(copies)
             digests = {index: self._digest(source, write, index) for index in part.indices}
-            handle = self._transport.post(target.peer, copies)
+            handle = transport.post(lane.peer, copies)
         except Exception as problem:  # noqa: BLE001 - refused before any byte moved; it is this write's error and nobody else's
             if stage is not None:
-                self.staging.give(stage)
+                staging.give(stage)
             log.log(logging.DEBUG if isinstance(problem, FerryError) else logging.ERROR, "post refused: %r", problem)
             error = problem if isinstance(problem, TransportError) else TransportError(f"a post was refused: {problem}")
+            if target is not None and not isinstance(problem, OutOfBounds):  # which is about the place, not the way
+                self._went_wrong(write.receiver, target.reach.lane.transport, str(error.cause))
             self._do(self._machine.write_failed(write.write, set(part.indices), error))
             return Outcome.OVER
-        self._posted[handle] = Posted(part, stage, digests)
+        self._posts += 1
+        self._posted[self._posts] = Posted(part, transport, handle, stage, digests)
         return Outcome.POSTED
+
+    def _went_wrong(self, receiver: int, transport: Transport, reason: str) -> None:
+        """Count a failure of the transport in use; after a few in a row, the next one carries (a new epoch begins
+        anyway, and what the old one may still write is fenced like any lost write)."""
+        target = self.targets.get(receiver)
+        if target is None or target.reach.lane.transport is not transport:
+            return  # it carries no more
+        target.reach.failures += 1
+        if target.reach.failures < FALL_BACK_AFTER or not target.reach.fall_back(reason):
+            return
+        carries = target.reach.lane.transport.name
+        log.warning("%s failed %d times in a row (%s); %s carries", transport.name, FALL_BACK_AFTER, reason, carries)
+        self._do(self._machine.connected(receiver, None, via=carries))
 
     def _digest(self, source: Source, write: fx.PostWrite, index: int) -> int:
         seed = block_seed(write.receiver, write.xfer, write.content_id, index)
         return digest(source.block_views(index, self._block_size), seed, self._integrity)
 
-    def _look(self, handle: int, posted: Posted) -> None:
+    def _look(self, number: int, posted: Posted) -> None:
+        transport, handle = posted.transport, posted.handle
         try:
-            status, drained = self._transport.poll(handle), self._transport.drained(handle)
+            status, drained = transport.poll(handle), transport.drained(handle)
         except Exception:  # no transport may do that; what it does not tell is not known, and others' posts go on
             if not posted.unknown:
-                log.exception("%s.poll raised", self._transport.name)
+                log.exception("%s.poll raised", transport.name)
             status, drained = Status.UNKNOWN, False
         write, indices = posted.part.write.write, set(posted.part.indices)
+        receiver = posted.part.write.receiver
         if status is Status.PENDING:
             return
         if status is Status.UNKNOWN:
             if not posted.unknown:
                 posted.unknown = True
-                error = UnknownInFlight("a write has an unknown outcome", transport=self._transport.name)
+                error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
+                self._went_wrong(receiver, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))
             if drained:
-                self._settle(handle, posted)
+                self._settle(number, posted)
                 self._do(self._machine.write_drained(write, indices))
             return
-        self._settle(handle, posted)
+        self._settle(number, posted)
         if posted.unknown:
             self._do(self._machine.write_drained(write, indices))
         elif status is Status.DONE:
+            if (target := self.targets.get(receiver)) is not None and target.reach.lane.transport is transport:
+                target.reach.failures = 0
             self._do(self._machine.write_done(write, posted.digests))
         else:
-            failed = TransportError("a write failed", transport=self._transport.name)
+            failed = TransportError("a write failed", transport=transport.name)
+            self._went_wrong(receiver, transport, failed.cause)
             self._do(self._machine.write_failed(write, indices, failed))
 
-    def _settle(self, handle: int, posted: Posted) -> None:
-        del self._posted[handle]
-        self._transport.release(handle)
+    def _settle(self, number: int, posted: Posted) -> None:
+        del self._posted[number]
+        posted.transport.release(posted.handle)
         if posted.stage is not None:
-            self.staging.give(posted.stage)
+            self.staging.of(posted.transport).give(posted.stage)
 
 
 def joined(copies: list[Copy]) -> list[Copy]:

@@ -169,15 +169,17 @@ class ReceiverMachine(ReceiverState):
                 self.pool.retire(self.pool.slab_of(block))
         return self._step()
 
-    def slab_replaced(self, slab: int, generation: int, regions: bytes) -> list[Effect]:
-        """Fresh memory stands behind `slab`; our Hello names the new region."""
+    def slab_replaced(self, slab: int, offers: tuple[m.Offer, ...] | None = None) -> list[Effect]:
+        """Fresh memory stands behind `slab`; our Hello says so, with the transports' new descriptors (`offers`)."""
         for tenant in self.pool.replace(slab):
             buried = self.peers[self.transfers[tenant.xfer].route].buried
             buried[tenant.sender] = buried.get(tenant.sender, 0) + 1
         self.replacing.discard(slab)
-        self.generations[slab] = generation
-        revision = self.hello.revision + 1
-        self.hello = replace(self.hello, revision=revision, regions=regions)
+        self.generations[slab] += 1
+        self.hello = replace(
+            self.hello, revision=self.hello.revision + 1, generations=m.pack_generations(self.generations),
+            offers=self.hello.offers if offers is None else offers,
+        )  # fmt: skip
         for route, peer in self.peers.items():
             if peer.inc:
                 self._send(route, self._hello(peer))

@@ -22,15 +22,13 @@ Snapshot = tuple[Any, ...]
 class ReceiverState:
     """The books of one language-side endpoint over one pool. `hello` is the template of our Hello."""
 
-    def __init__(
-        self, hello: m.Hello, pool: BlockPool, policy: ReceiverPolicy, group: Group = SOLO, *, generation: int = 1
-    ) -> None:
+    def __init__(self, hello: m.Hello, pool: BlockPool, policy: ReceiverPolicy, group: Group = SOLO) -> None:
         self.inc = hello.src
         self.hello = hello
         self.pool = pool
         self.policy = policy
         self.group = group
-        self.generations = [generation] * pool.slabs
+        self.generations = [1] * pool.slabs  # how often each slab has had fresh memory
         self.transfers: dict[int, Transfer] = {}  # by xfer, ascending
         self.rooms: dict[int, int] = {}  # live rooms only
         self.peers: dict[str, Peer] = {}
@@ -75,10 +73,6 @@ class ReceiverState:
 
     def _hello(self, peer: Peer) -> m.Hello:
         return replace(self.hello, dst=peer.inc, min_live=self.min_live, ack=max(peer.revision, 0))
-
-    def hello_with(self, offers: tuple[m.Offer, ...]) -> m.Hello:
-        """Our Hello with the transport's newest descriptor; `slab_replaced` raises the revision."""
-        return replace(self.hello, offers=offers)
 
     def _send_open(self, t: Transfer) -> None:
         self._to_sender(t, m.Open, room=t.room, rank=self.group.rank, ranks=self.group.ranks, dummy=t.dummy)
@@ -145,13 +139,13 @@ class ReceiverState:
                 for route, p in sorted(self.peers.items())
             ),
             self.next_xfer, tuple(self.queue), tuple(self.line), tuple(self.unlent), tuple(self.generations),
-            (self.hello.revision, self.hello.regions), self.leader_inc, tuple(sorted(self.replacing)),
+            self.hello.revision, self.leader_inc, tuple(sorted(self.replacing)),
             tuple(sorted(self.gone)), self.decisions.snapshot(), self.pool.snapshot(),
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
         (
-            transfers, peers, self.next_xfer, queue, line, unlent, generations, hello, self.leader_inc, replacing,
+            transfers, peers, self.next_xfer, queue, line, unlent, generations, revision, self.leader_inc, replacing,
             gone, decisions, pool,
         ) = snapshot  # fmt: skip
         self.transfers, self.rooms, self.budget_used = {}, {}, 0
@@ -174,7 +168,7 @@ class ReceiverState:
         }
         self.queue, self.line, self.unlent = list(queue), dict.fromkeys(line), dict.fromkeys(unlent)
         self.generations, self.replacing, self.gone = list(generations), set(replacing), set(gone)
-        self.hello = replace(self.hello, revision=hello[0], regions=hello[1])
+        self.hello = replace(self.hello, revision=revision, generations=m.pack_generations(generations))
         self.decisions.restore(decisions)
         self.pool.restore(pool)
         self._effects = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
 from tensorferry.core.allocator import BlockPool, Choose, lowest_runs
 from tensorferry.core.buffers import Destination, PoolBuffers
+from tensorferry.core.carriers import Reach
 from tensorferry.core.digest import MODES
 from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
@@ -37,7 +38,7 @@ from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import bump_pause
 from tensorferry.core.transfer import Phase, Transfer
-from tensorferry.core.transport import PeerState, Transport
+from tensorferry.core.transport import Transport
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +50,17 @@ _AUX = struct.Struct(f"<{AUX_WORDS}q")
 
 @dataclass(slots=True)
 class Known:
-    """A sender's incarnation as the transport knows it, watched until it is gone or nothing of it is left."""
+    """A sender's incarnation as the transports know it, watched until it is gone or nothing of it is left."""
 
     route: str
-    peer: Any
+    reach: Reach
 
 
 class Receiver(Endpoint):
     """Receives rooms into a pool of its own. `group`: this rank's place, if there are several.
 
-    `transport` is used by this endpoint alone and closed with it. `choose` picks blocks (for tests of the protocol),
+    `transports` (one, or several to choose from per sender) are used by this endpoint alone and closed with it.
+    `choose` picks blocks (for tests of the protocol),
     `poison` fills free blocks with a pattern and looks for it when they are granted (see `stale_writes`).
     Raises ConfigError for a bad leader's address, TransportError or OSError where the pool's memory cannot be had.
     """
@@ -66,7 +68,7 @@ class Receiver(Endpoint):
     def __init__(
         self,
         layout: Layout,
-        transport: Transport,
+        transports: Transport | Sequence[Transport],
         settings: Settings,
         *,
         group: Group | None = None,
@@ -76,18 +78,19 @@ class Receiver(Endpoint):
     ) -> None:
         group = group or SOLO
         leads = group.ranks > 1 and group.leads
-        super().__init__(layout, transport, settings, bind=group.leader if leads else "", name=name)
+        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name)
         self.leader_address = self._control.address if leads else group.leader
         if group.ranks > 1 and not group.leads and group.leader:
             self._control.connect(group.leader)
         self.group = group
         self.geometry = Geometry(settings.block_size, settings.pool_blocks, settings.slabs)
-        self._buffers = PoolBuffers(transport, layout, self.geometry, poison=poison)
-        regions = self._buffers.regions()
+        self._buffers = PoolBuffers(self.carriers, layout, self.geometry, poison=poison)
+        slabs = self.geometry.slab_count
         hello = m.Hello(
             src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
             layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=settings.pool_blocks,
-            slabs=self.geometry.slab_count, regions=m.pack_regions(regions), offers=self._offers(), revision=1, ack=0,
+            slabs=slabs, generations=m.pack_generations([1] * slabs),
+            offers=self.carriers.offers(self._buffers.regions()), revision=1, ack=0,
         )  # fmt: skip
         self.stale_writes: list[str] = []
         """With `poison`: writes found in blocks that nobody had been granted. Empty, unless there is a defect."""
@@ -102,8 +105,7 @@ class Receiver(Endpoint):
         self.machine = ReceiverMachine(
             hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick), policy, group
         )
-        self.machine.generations = [generation for _, generation in regions]
-        self._gatherer = Gatherer(transport, self._buffers, self.machine, self._do)
+        self._gatherer = Gatherer(self._buffers, self.machine, self._do)
         self._transfers: dict[int, ReceiveTransfer] = {}  # by xfer, until the end
         self._known: dict[int, Known] = {}  # by sender incarnation
         self._heard: dict[str, float] = {}
@@ -195,7 +197,8 @@ class Receiver(Endpoint):
     def _meet(self, route: str, hello: m.Hello) -> None:
         error: FerryError | None = None
         try:
-            self._known[hello.src] = Known(route, self._connect(hello, route))
+            before = self._known.get(hello.src)
+            self._known[hello.src] = Known(route, self.carriers.reach(hello, route, before.reach if before else None))
         except FerryError as problem:
             log.warning("sender %s cannot be used: %s", route, problem)
             error = problem
@@ -219,16 +222,14 @@ class Receiver(Endpoint):
         blocks = set(self.geometry.slab_blocks(slab))
         keys = {tenant.sender for block, tenant in self.machine.pool.quarantined.items() if block in blocks}
         try:
-            region = self._buffers.replace(slab, keys)
+            self._buffers.replace(slab, keys)
         except (FerryError, OSError) as problem:
             log.error("no fresh memory for slab %d yet: %s", slab, problem)
             self._stuck_slabs.setdefault(slab, 0.0)
             return
         self._stuck_slabs.pop(slab, None)
         log.warning("slab %d was replaced: a lost peer may still write to its old memory", slab)
-        self.machine.hello = self.machine.hello_with(self._offers())
-        regions = m.pack_regions(self._buffers.regions())
-        self._do(self.machine.slab_replaced(slab, region.generation, regions))
+        self._do(self.machine.slab_replaced(slab, self.carriers.offers(self._buffers.regions())))
 
     def _do(self, effects: Iterable[fx.Effect]) -> None:
         super()._do(effects)
@@ -363,14 +364,14 @@ class Receiver(Endpoint):
         current = {peer.inc for peer in self.machine.peers.values()}
         bound = {t.sender for t in self.machine.transfers.values()}
         for inc, known in list(self._known.items()):
-            if self.transport.peer_state(known.peer) is PeerState.GONE:
+            if known.reach.quiet:
                 del self._known[inc]
-                self.transport.disconnect(known.peer)
+                known.reach.disconnect()
                 self._buffers.graveyard.exhume(inc)
                 self._do(self.machine.peer_gone(inc))
             elif inc not in current | waiting | bound and not self._buffers.graveyard.nbytes_of(inc):
                 del self._known[inc]
-                self.transport.disconnect(known.peer)
+                known.reach.disconnect()
         for inc in waiting:
             keys.add(("quarantine", inc))
             if self._watches.age(("quarantine", inc), now) > self.settings.peer_timeout:
@@ -392,4 +393,4 @@ class Receiver(Endpoint):
             self._end(transfer, closed_error(transfer.room))
         self._gatherer.destinations.clear()
         self._buffers.close()
-        self.transport.close()
+        self.carriers.close()

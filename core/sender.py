@@ -176,16 +176,20 @@ class SenderMachine(SenderState):
 
     # ============================================================ events from the driver: peers
 
-    def connected(self, receiver: int, error: e.FerryError | None) -> list[Effect]:
-        """The transport has taken, or refused, the receiver's descriptor."""
+    def connected(self, receiver: int, error: e.FerryError | None, via: str = "") -> list[Effect]:
+        """A transport (`via`) has taken the receiver's descriptor, or all have refused. Again: another carries."""
         r = self.receivers.get(receiver)
         if r is not None:
+            moved, r.via = bool(r.via) and via not in ("", r.via), via or r.via
             r.usable = error is None
             r.problem = None if error is None else (error.code, error.cause[:1000])
-            r.generations = [generation for _, generation in m.unpack_regions(r.hello.regions)]
+            r.generations = m.unpack_generations(r.hello.generations)
             for slot in self._slots_of(receiver):
                 for binding in slot.bindings.values():
                     if binding.receiver == receiver and error is None:
+                        told = slot.offer is not None and (binding.rank == 0 or slot.admitted)
+                        if moved and told and binding.closed is None:
+                            self._send_announce(slot, binding)
                         self._post(slot, binding)
                     elif binding.receiver == receiver and error is not None:
                         if binding.epoch:  # what is granted cannot be written: recover, and try again with new grants
@@ -298,7 +302,9 @@ class SenderMachine(SenderState):
             return "a receiver declares another layout"
         if hello.block_size != ours.block_size:
             return f"a receiver has block size {hello.block_size}, this side {ours.block_size}"
-        if not 0 < hello.slabs <= hello.pool_blocks <= m.MAX_BLOCKS_IN_MESSAGE or len(hello.regions) != 8 * hello.slabs:
+        if not 0 < hello.slabs <= hello.pool_blocks <= m.MAX_BLOCKS_IN_MESSAGE or (
+            len(hello.generations) != 4 * hello.slabs
+        ):
             return "a receiver declares an impossible pool"
         return ""
 

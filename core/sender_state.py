@@ -105,6 +105,7 @@ class Receiver:
     gone: bool = False
     problem: tuple[str, str] | None = None  # (code, cause): the transport cannot reach it, so that no room is served
     generations: list[int] = field(default_factory=list)
+    via: str = ""  # the transport that carries to it
 
 
 class SenderState:
@@ -181,7 +182,7 @@ class SenderState:
         f = slot.offer.facts
         self._send(b.route, m.Announce(
             src=self.inc, dst=b.receiver, xfer=b.xfer, total=f.total, content_id=f.content_id, present=f.present,
-            aux=f.aux, integrity=f.integrity, ready=slot.offer.ready,
+            aux=f.aux, integrity=f.integrity, ready=slot.offer.ready, via=self.receivers[b.receiver].via,
         ))  # fmt: skip
 
     def _send_done(self, b: Binding, digests: dict[int, int]) -> None:
@@ -232,7 +233,7 @@ class SenderState:
             ),
             tuple(
                 (inc, r.route, r.name, r.hello, r.min_live, r.closed.ranges(), tuple(sorted(r.revoked.items())),
-                 r.usable, r.gone, r.problem)
+                 r.usable, r.gone, r.problem, r.via)
                 for inc, r in sorted(self.receivers.items())
             ),
             tuple(sorted(self.newest.items())),
@@ -265,9 +266,9 @@ class SenderState:
             if rival is not None:
                 self.contested.add(id_)
         self.receivers = {}
-        for inc, route, name, hello, min_live, closed, revoked, usable, gone, problem in receivers:
-            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone, problem)
-            r.generations = [generation for _, generation in m.unpack_regions(hello.regions)]
+        for inc, route, name, hello, min_live, closed, revoked, usable, gone, problem, via in receivers:
+            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone, problem, via=via)
+            r.generations = m.unpack_generations(hello.generations)
             self.receivers[inc] = r
         self.newest, self.rooms, self.orphans = dict(newest), dict(rooms), set(orphans)
         self.writes = {key: Write(a, b, c, d, set(outstanding)) for key, a, b, c, d, outstanding in writes}

@@ -31,9 +31,9 @@ from tensorferry.core.sender import SenderMachine
 from tensorferry.core.sender_state import Slot
 from tensorferry.core.settings import Settings
 from tensorferry.core.source import Source
-from tensorferry.core.staging import Staging
+from tensorferry.core.staging import Stagings
 from tensorferry.core.transfer import Facts
-from tensorferry.core.transport import PeerState, Transport
+from tensorferry.core.transport import Transport
 
 if TYPE_CHECKING:
     import torch
@@ -46,30 +46,31 @@ _AUX = struct.Struct(f"<{AUX_WORDS}q")
 class Sender(Endpoint):
     """Sends rooms from `bind` (a control address; port 0 for any free one, see `address`).
 
-    `transport` is used by this endpoint alone and closed with it. Raises ConfigError for a bad address.
+    `transports` (one, or several to choose from per receiver) are used by this endpoint alone and closed with it.
+    Raises ConfigError for a bad address.
     """
 
     def __init__(
         self,
         layout: Layout,
-        transport: Transport,
+        transports: Transport | Sequence[Transport],
         settings: Settings,
         *,
         bind: str = "tcp://127.0.0.1:0",
         name: str = "",
     ) -> None:
-        super().__init__(layout, transport, settings, bind=bind, name=name)
+        super().__init__(layout, transports, settings, bind=bind, name=name)
         self.address = self._control.address
         self.integrity = "full" if settings.integrity == "auto" else settings.integrity
-        staging = Staging(transport, settings.staging_bytes)
+        staging = Stagings(self.carriers, settings.staging_bytes)
         hello = m.Hello(
             src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
-            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, regions=b"",
-            offers=self._offers(), revision=1, ack=0,
+            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, generations=b"",
+            offers=self.carriers.offers(), revision=1, ack=0,
         )  # fmt: skip
         self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
         self._poster = Poster(
-            layout, transport, self.machine, self._do, staging=staging,
+            layout, self.carriers, self.machine, self._do, staging=staging,
             block_size=settings.block_size, integrity=self.integrity,
         )  # fmt: skip
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
@@ -205,17 +206,21 @@ class Sender(Endpoint):
     def _meet(self, hello: m.Hello) -> None:
         """A receiver's incarnation, or its regions, are new."""
         error: FerryError | None = None
+        via = ""
         try:
             geometry = Geometry(hello.block_size, hello.pool_blocks, hello.slabs)
-            regions = m.unpack_regions(hello.regions)
-            if len(regions) != geometry.slab_count:
-                raise BadCall(f"{len(regions)} regions for {geometry.slab_count} slabs")
-            self._poster.targets[hello.src] = Target(self._connect(hello, hello.name), geometry, regions)
+            generations = m.unpack_generations(hello.generations)
+            if len(generations) != geometry.slab_count:
+                raise BadCall(f"{len(generations)} generations for {geometry.slab_count} slabs")
+            before = self._poster.targets.get(hello.src)
+            reach = self.carriers.reach(hello, hello.name, before.reach if before else None)
+            self._poster.targets[hello.src] = Target(reach, geometry, generations)
+            via = reach.lane.transport.name
         except FerryError as problem:
             log.warning("receiver %s cannot be used: %s", hello.name, problem)
             self.machine.refused = str(problem)
             error = problem
-        self._do(self.machine.connected(hello.src, error))
+        self._do(self.machine.connected(hello.src, error, via))
 
     def _progress(self) -> bool:
         return self._poster.progress()
@@ -229,7 +234,7 @@ class Sender(Endpoint):
         for receiver in bound:
             self._guard(partial(self._watch_receiver, receiver, now, keys))
         for receiver, target in list(self._poster.targets.items()):  # whoever came and went: keep none of its memory
-            if receiver not in bound and self.transport.peer_state(target.peer) is PeerState.GONE:
+            if receiver not in bound and target.reach.ended:
                 self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
@@ -273,7 +278,7 @@ class Sender(Endpoint):
         keys.add(key)
         heard = self._heard.setdefault(receiver, now)
         target = self._poster.targets.get(receiver)
-        if target is not None and self.transport.peer_state(target.peer) is PeerState.GONE:
+        if target is not None and target.reach.ended:
             self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         elif now - heard > self.settings.peer_timeout:
             self._lose(receiver, PeerLost(f"the receiver has been silent for {now - heard:.1f} s"), gone=False)
@@ -285,7 +290,7 @@ class Sender(Endpoint):
         if gone:
             target = self._poster.targets.pop(receiver, None)
             if target is not None:
-                self.transport.disconnect(target.peer)
+                target.reach.disconnect()
         self._do(self.machine.receiver_lost(receiver, error, gone=gone))
 
     # ---- the end -----------------------------------------------------------------------------------------------
@@ -307,5 +312,5 @@ class Sender(Endpoint):
             transfer.error, transfer.status = closed_error(transfer.room), type(transfer.status)("FAILED")
             self._publish(transfer)
         self._poster.staging.close()
-        self.transport.close()
-        self._poster.sources.clear()  # not before: the transport may have been reading rows
+        self.carriers.close()
+        self._poster.sources.clear()  # not before: a transport may have been reading rows

@@ -79,10 +79,19 @@ class Settings:
     """
 
     transport: str = _setting(
-        "shm",
+        "auto",
         values.plain_name,
-        "The transport that moves the bytes, by its name in the entry-point group `tensorferry.transports`.",
-        source="The fastest of the built-in ones; it needs no engine, and both sides on one host.",
+        "The transport that moves the bytes, by its name in the entry-point group `tensorferry.transports`. `auto`: "
+        "every one that is ready here is opened, and each pair of endpoints takes the best that both have, then the "
+        "next. A name is never replaced by another transport.",
+        source="Two processes that know nothing of each other but an address find the best way between them.",
+    )
+    require: str = _setting(
+        "",
+        values.one_of("", "rdma"),
+        "What the bytes must travel by. `rdma`: a transport that cannot prove that it goes over RDMA is not used, and "
+        "where none can, opening the endpoint or meeting the peer fails. Empty: whatever is best.",
+        source="Mooncake falls back to TCP without saying so; who pays for a fabric wants to know.",
     )
     first_grant: int = _setting(
         8192,

@@ -14,7 +14,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from tensorferry.core.errors import BadCall, ConfigError
+from tensorferry.core.carriers import Carriers
+from tensorferry.core.errors import BadCall, ConfigError, TransportError
 from tensorferry.core.layout import SlabPlan, align
 from tensorferry.core.memory import Memory, host_memory
 from tensorferry.core.transport import Region, Transport
@@ -126,3 +127,40 @@ class Staging:
             self._closed = True
             if isinstance(self._local, Region):
                 self._transport.retire(self._local)
+
+
+class Stagings:
+    """`nbytes` of staging for all transports that read any memory, and as much for each that reads registered memory
+    alone."""
+
+    def __init__(self, carriers: Carriers, nbytes: int) -> None:
+        """A transport that will not take its staging is not used, unless it is the only one: then this raises what
+        `register` does. Raises ConfigError as Staging does."""
+        self._by_name: dict[str, Staging] = {}
+        shared: Staging | None = None
+        for transport in list(carriers.transports):
+            if transport.capabilities.registers_sources:
+                try:
+                    self._by_name[transport.name] = Staging(transport, nbytes)
+                except TransportError as problem:
+                    if len(carriers.transports) == 1:
+                        raise
+                    carriers.reject(transport, f"it could not register {nbytes} bytes of staging: {problem}")
+            else:
+                shared = shared or Staging(transport, nbytes)
+                self._by_name[transport.name] = shared
+
+    def of(self, transport: Transport) -> Staging:
+        return self._by_name[transport.name]
+
+    def max_blocks(self, plan: SlabPlan, names: tuple[str, ...]) -> int:
+        """The longest run that every staging can hold: any of the transports may have to carry it. See Staging."""
+        return min(staging.max_blocks(plan, names) for staging in self._by_name.values())
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(s.max_take - s.free_bytes for s in {id(s): s for s in self._by_name.values()}.values())
+
+    def close(self) -> None:
+        for staging in self._by_name.values():
+            staging.close()

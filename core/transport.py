@@ -73,6 +73,8 @@ class Probe:
     reason: str
     hint: str = ""
     facts: dict[str, str] = field(default_factory=dict)
+    path: str = ""
+    """What `path` would answer, once it is open."""
 
     @property
     def usable(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,18 +28,24 @@ from tensorferry.core.errors import (
     UnknownTransport,
     VersionMismatch,
 )
+from tensorferry.core.selection import preference
 from tensorferry.core.transport import CONTRACT_VERSION, Options, Probe, Readiness, Transport
 
 if TYPE_CHECKING:
     from stevedore.named import NamedExtensionManager
 
+log = logging.getLogger("tensorferry.plugins")
+
 GROUP = "tensorferry.transports"
 
-PREFERENCE = ("mooncake", "nixl", "shm", "tcp")
-"""Which usable transport is taken before which; others follow in the order of their names."""
+AUTO = "auto"
+"""In place of a name: all that `automatic` allows, to choose from for each peer."""
 
-NEVER_AUTOMATIC = frozenset({"memory"})
-"""Only by name: it joins endpoints of one process, which no deployment has."""
+NEVER_AUTOMATIC = {"memory": "it joins endpoints of one process, which no deployment has"}
+"""Only by name, with the reason."""
+
+BUILT_IN = frozenset({"memory", "shm", "tcp"})
+"""They need no engine; where no engine serves, these do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,35 @@ def open_transport(name: str, options: Mapping[str, object] | None = None) -> Tr
         ) from error
 
 
+def open_automatic(options: Mapping[str, object] | None = None) -> list[Transport]:
+    """Every transport that may be chosen without being named, open, best first.
+
+    Raises ConfigError for options, which belong to one transport by name, and TransportUnavailable, with every
+    transport's reason, where none can be opened.
+    """
+    if options:
+        raise ConfigError(
+            f"options ({', '.join(options)}) belong to one transport", hint="Name the transport that they are for"
+        )
+    opened: list[Transport] = []
+    problems: list[str] = []
+    for entry in ranked():
+        if not entry.automatic:
+            problems.append(f"{entry.name}: {entry.reason}")
+            continue
+        try:
+            opened.append(open_transport(entry.name))
+        except FerryError as error:
+            problems.append(f"{entry.name}: {error.cause}")
+            log.warning("transport %s is not used: %s", entry.name, error)
+    if not opened:
+        raise TransportUnavailable(
+            f"no transport can be used here. {'; '.join(problems) or 'None is installed'}",
+            hint="`tensorferry transports --why` says what would help",
+        )
+    return opened
+
+
 def ranked(prober: Callable[[str], Probe] = probe) -> list[Ranked]:
     """All installed transports, best first, as this side sees them; the next usable one is the fallback.
 
@@ -157,20 +193,31 @@ def ranked(prober: Callable[[str], Probe] = probe) -> list[Ranked]:
     for plugin in available():
         by_name.setdefault(plugin.name, []).append(plugin)
     answers = {name: prober(name) for name in by_name}
+    serve = [
+        name
+        for name, answer in answers.items()
+        if answer.usable and name not in NEVER_AUTOMATIC and (answer.readiness is Readiness.READY or name in BUILT_IN)
+    ]
 
-    def place(name: str) -> tuple[bool, bool, int, str]:
-        preferred = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
-        return not answers[name].usable, name in NEVER_AUTOMATIC, preferred, name
+    def only_by_name(name: str) -> str:
+        """Why a usable transport is not chosen by itself; empty if it may be."""
+        if serve and name not in serve and name not in NEVER_AUTOMATIC:
+            return f"it works less well than it could ({answers[name].reason}), and others serve"
+        return NEVER_AUTOMATIC.get(name, "")
+
+    def place(name: str) -> tuple[bool, bool, tuple[int, int, str]]:
+        answer = answers[name]
+        return not answer.usable, bool(only_by_name(name)), preference(name, answer.path)
 
     result: list[Ranked] = []
     for name in sorted(by_name, key=place):
         answer = answers[name]
-        automatic = answer.usable and name not in NEVER_AUTOMATIC
+        automatic = answer.usable and not only_by_name(name)
         before = [other.name for other in result if other.automatic]
         if not answer.usable:
             reason = f"{answer.readiness}: {answer.reason}"
         elif not automatic:
-            reason = f"only when it is named: {answer.reason}"
+            reason = f"only when it is named: {only_by_name(name)}"
         elif before:
             reason = f"follows {before[-1]}: {answer.reason}"
         else:

@@ -25,10 +25,10 @@ SENDER, LEADER = "tcp://sender", "tcp://leader"
 def hello(
     src: int, name: str, *, block_size: int = 1, pool: int = 0, slabs: int = 0, layout: bytes = LAYOUT
 ) -> m.Hello:
-    regions = m.pack_regions((slab, 1) for slab in range(slabs))
     return m.Hello(
         src=src, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=name, layout=layout, block_size=block_size,
-        pool_blocks=pool, slabs=slabs, regions=regions, offers=(m.Offer("fake", 1, b""),), revision=1, ack=0,
+        pool_blocks=pool, slabs=slabs, generations=m.pack_generations([1] * slabs),
+        offers=(m.Offer("fake", 1, "", b"", b""),), revision=1, ack=0,
     )  # fmt: skip
 
 
@@ -103,9 +103,7 @@ class Ferry:
                     if bad:
                         self.carry_out(who, self.receivers[who].corrupt(xfer, [i for i, _ in bad]))
                 case fx.ReplaceSlab(slab):
-                    r = self.receivers[who]
-                    regions = m.pack_regions((k, g + (k == slab)) for k, g in enumerate(r.generations))
-                    self.carry_out(who, r.slab_replaced(slab, r.generations[slab] + 1, regions))
+                    self.carry_out(who, self.receivers[who].slab_replaced(slab))
                 case fx.Ended(key, error):
                     assert (who, key) not in self.ended, "the caller is told the end once"
                     self.ended[who, key] = error

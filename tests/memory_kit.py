@@ -115,12 +115,12 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and raw(one) == raw(other)
 
 
-def land(copies: Iterable[LocalCopy], region: Region) -> int:
+def land(copies: Iterable[LocalCopy], memory: Memory) -> int:
     """What a transport does with a batch. Returns the bytes placed; raises ValueError outside either memory."""
     placed = 0
     for copy in copies:
         local = copy.local.memory if isinstance(copy.local, Region) else copy.local
-        region.memory.view(copy.slab_offset, copy.nbytes)[:] = local.view(copy.local_offset, copy.nbytes)
+        memory.view(copy.slab_offset, copy.nbytes)[:] = local.view(copy.local_offset, copy.nbytes)
         placed += copy.nbytes
     return placed
 
@@ -134,7 +134,7 @@ def write(source: Source, pool: PoolBuffers, staging: Staging, index: int, block
     stage = staging.take(nbytes) if nbytes else None
     assert stage is not None or nbytes == 0
     copies = write_plan(source, plan, index, block - geometry.slab_blocks(slab).start, count, stage)
-    placed = land(copies, pool.region(slab))
+    placed = land(copies, pool.memory(slab))
     if stage is not None:
         staging.give(stage)
     return placed

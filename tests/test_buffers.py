@@ -22,13 +22,13 @@ from memory_kit import (
 )
 
 from tensorferry.core.buffers import Destination, Gathered, Graveyard, PoolBuffers, Result
+from tensorferry.core.carriers import Carriers
 from tensorferry.core.digest import block_seed, digest
 from tensorferry.core.errors import BadCall, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, destination_bytes, embedding_layout, slab_plan
 from tensorferry.core.memory import host_memory
 from tensorferry.core.source import Source
 from tensorferry.core.staging import Staging
-from tensorferry.core.transport import Region
 
 AUX = tuple(range(AUX_WORDS))
 CONTENT = bytes(16)
@@ -58,7 +58,7 @@ class Pair:
         self.rows = random_rows(layout, names, total, salt)
         self.source = Source(layout, total, names)
         self.source.put(0, **self.rows)
-        self.pool = pool or PoolBuffers(PlainTransport(), layout, geometry)
+        self.pool = pool or PoolBuffers(Carriers(PlainTransport()), layout, geometry)
         self.staging = Staging(PlainTransport(), 1 << 20)
         self.destination = Destination(layout, total, names)
 
@@ -93,7 +93,7 @@ def test_any_rows_come_out_as_they_went_in(transport: type[PlainTransport], data
     cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=4)))
     for start, stop in zip([0, *cuts], [*cuts, total], strict=True):
         source.put(start, **{name: tensor[start:stop] for name, tensor in rows.items()})
-    pool = PoolBuffers(transport(), layout, geometry)
+    pool = PoolBuffers(Carriers(transport()), layout, geometry)
     staging = Staging(transport(), 2 << 20)
     destination = Destination(layout, total, names)
 
@@ -243,7 +243,7 @@ def test_a_torn_block_is_seen(mode: str, data: st.DataObject) -> None:
     before = Pair(128, salt=1)
     before.write(0, 0)
     pair = Pair(128, salt=2, pool=before.pool)
-    memory = pair.pool.region(0).memory
+    memory = pair.pool.memory(0)
     nbytes = 128 * LAYOUT["input_embeds"].token_bytes
     area = slab_plan(LAYOUT, GEOMETRY, 0).areas["input_embeds"]
     stale = bytes(memory.view(area.at(0), nbytes))
@@ -298,7 +298,7 @@ def test_no_result_is_a_view_of_pool_memory() -> None:
     early = pair.destination.rows(0, 128)
     result = pair.destination.result(AUX)
     for slab in range(GEOMETRY.slab_count):
-        memory = pair.pool.region(slab).memory
+        memory = pair.pool.memory(slab)
         for name in NAMES:
             tensor = result[name]
             assert tensor is not None
@@ -367,21 +367,22 @@ def test_a_destination_that_no_memory_can_hold_is_a_typed_error() -> None:
 
 def test_one_region_is_registered_for_each_slab() -> None:
     transport = PlainTransport()
-    pool = PoolBuffers(transport, LAYOUT, Geometry(128, 64, slabs=8))
+    pool = PoolBuffers(Carriers(transport), LAYOUT, Geometry(128, 64, slabs=8))
     assert len(pool.regions()) == transport.registered == 8
-    assert pool.regions() == [(pool.region(s).id, pool.region(s).generation) for s in range(8)]
-    assert pool.nbytes == sum(pool.region(slab).memory.nbytes for slab in range(8))
+    assert [slab["plain"].memory for slab in pool.regions()] == [pool.memory(slab) for slab in range(8)]
+    assert pool.nbytes == sum(pool.memory(slab).nbytes for slab in range(8))
     pool.close()
     assert not transport.live
 
 
 def test_late_bytes_into_a_replaced_slab_reach_nobody() -> None:
     transport = PlainTransport()
-    pool = PoolBuffers(transport, LAYOUT, GEOMETRY)
-    old, before = pool.region(0), pool.regions()
-    fresh = pool.replace(0, ["peer"])
+    pool = PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY)
+    before = pool.regions()
+    old = before[0]["plain"]
+    pool.replace(0, ["peer"])
     assert transport.retired == [old]
-    assert pool.regions()[0] == (fresh.id, fresh.generation) != before[0]
+    assert pool.regions()[0]["plain"].generation > old.generation
     assert pool.regions()[1] == before[1]
     pair = Pair(128, pool=pool)
     pair.write(0, 0)
@@ -390,7 +391,7 @@ def test_late_bytes_into_a_replaced_slab_reach_nobody() -> None:
     assert pool.graveyard.nbytes_of("peer") == old.memory.nbytes
     memory = weakref.ref(old.memory.owner)
     transport.retired.clear()
-    del old
+    del old, before
     gc.collect()
     assert memory() is not None
     pool.graveyard.exhume("peer")
@@ -400,7 +401,7 @@ def test_late_bytes_into_a_replaced_slab_reach_nobody() -> None:
 
 def test_if_there_is_no_memory_for_a_new_slab_the_old_one_stays() -> None:
     transport = PlainTransport()
-    pool = PoolBuffers(transport, LAYOUT, GEOMETRY)
+    pool = PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY)
     before = pool.regions()
     transport.memory_left = 0
     with pytest.raises(MemoryError):
@@ -410,16 +411,12 @@ def test_if_there_is_no_memory_for_a_new_slab_the_old_one_stays() -> None:
     assert not transport.retired
 
 
-def region(nbytes: int = 4096) -> Region:
-    return Region(0, 0, host_memory(nbytes))
-
-
 def test_a_grave_is_kept_until_all_who_might_write_are_proved_quiet() -> None:
     graveyard = Graveyard()
-    buried = region()
-    memory = weakref.ref(buried.memory.owner)
+    buried = host_memory(4096)
+    memory = weakref.ref(buried.owner)
     graveyard.bury(buried, ["a", "b"])
-    graveyard.bury(region(8192), ["b"])
+    graveyard.bury(host_memory(8192), ["b"])
     del buried
     assert (graveyard.nbytes, graveyard.nbytes_of("a"), graveyard.nbytes_of("b")) == (12288, 4096, 12288)
     assert graveyard.exhume("a") == 0
@@ -434,7 +431,7 @@ def test_a_grave_is_kept_until_all_who_might_write_are_proved_quiet() -> None:
 
 def test_a_grave_without_keys_is_kept_until_the_end() -> None:
     graveyard = Graveyard()
-    graveyard.bury(region(), [])
+    graveyard.bury(host_memory(4096), [])
     assert graveyard.exhume("a") == 0
     assert graveyard.nbytes == 4096
     graveyard.clear()
@@ -457,7 +454,7 @@ def test_poison_is_off_unless_asked_for() -> None:
 def test_a_write_to_a_free_block_is_seen_when_it_is_granted(data: st.DataObject) -> None:
     layout = data.draw(layouts())
     geometry = data.draw(geometries())
-    pool = PoolBuffers(PlainTransport(), layout, geometry, poison=True)
+    pool = PoolBuffers(Carriers(PlainTransport()), layout, geometry, poison=True)
     for block in range(geometry.pool_blocks):
         pool.check_poison(block)
     names = layout.names
@@ -476,7 +473,7 @@ def test_a_write_to_a_free_block_is_seen_when_it_is_granted(data: st.DataObject)
 
 
 def test_a_replaced_slab_is_poisoned_too() -> None:
-    pool = PoolBuffers(PlainTransport(), LAYOUT, GEOMETRY, poison=True)
+    pool = PoolBuffers(Carriers(PlainTransport()), LAYOUT, GEOMETRY, poison=True)
     pool.replace(1)
     for block in range(GEOMETRY.pool_blocks):
         pool.check_poison(block)

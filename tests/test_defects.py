@@ -150,7 +150,7 @@ def test_defect_05_a_record_that_is_a_view_of_a_block_of_somebody_else() -> None
         results = [quay.carry(30, room, seed=room).result() for room in range(4)]  # the same two blocks, four times
         for room, result in enumerate(results):
             assert_same(result, rows(30, room))
-        slabs = [slab.region.memory for slab in quay.receiver._buffers._slabs]
+        slabs = [slab.memory for slab in quay.receiver._buffers._slabs]
         for result in results:
             for tensor in (result[name] for name in result):
                 assert tensor is not None
@@ -162,7 +162,7 @@ def test_defect_06_blocks_are_freed_while_a_write_to_them_is_in_flight() -> None
     """The defect: "Blocks are freed on failure or abort while a write to them may still be in flight." They
     go through quarantine and come back by a proof alone (GR-2, GR-3)."""
     with Quay(block_size=16, pool_blocks=4, slabs=1, first_grant=32, sender_transport=FaultyMemory) as quay:
-        transport: Any = quay.sender.transport
+        transport: Any = quay.sender.carriers.transports[0]
         transport.script = lambda n: HOLD if n == 0 else WRITE
         given = rows(30)
         quay.sender.send(1, **given)
@@ -748,7 +748,7 @@ def test_defect_29_one_malformed_message_ends_the_control_thread() -> None:
         context = stack.enter_context(zmq.Context())
         good = encode(m.Ping(src=1, dst=2))
         nonsense = [encode(m.Revoke(src=1, dst=quay.sender.incarnation, min_live=9, xfer=9, upto=9)), good]
-        nonsense += [encode(msgspec.structs.replace(hello(5, "x", pool=4, slabs=1), regions=b"torn"))]
+        nonsense += [encode(msgspec.structs.replace(hello(5, "x", pool=4, slabs=1), generations=b"tor"))]
         for to in address:
             stranger = context.socket(zmq.DEALER)
             stranger.setsockopt(zmq.LINGER, 0)

@@ -296,7 +296,7 @@ def test_a_grant_of_another_generation_waits_for_the_hello_that_names_it() -> No
     assert not ferry.writes
     news = ferry.receiver.hello.__class__(
         **{**{f: getattr(ferry.receiver.hello, f) for f in ferry.receiver.hello.__struct_fields__},
-           "revision": 2, "regions": m.pack_regions([(0, 2)])}
+           "revision": 2, "generations": m.pack_generations([2])}
     )  # fmt: skip
     ferry.carry_out("sender", ferry.sender.on_message("rank0", news))
     assert [(index, block) for _, index, block in ferry.writes] == [(0, 0)]

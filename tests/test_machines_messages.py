@@ -493,12 +493,12 @@ def test_grants_of_a_hostile_receiver_are_bounded() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"regions": b"torn"}, id="torn regions"),
-        pytest.param({"regions": m.pack_regions([(0, 1)] * 2)}, id="too many regions"),
-        pytest.param({"regions": b""}, id="no regions"),
+        pytest.param({"generations": b"tor"}, id="torn generations"),
+        pytest.param({"generations": m.pack_generations([1] * 2)}, id="too many generations"),
+        pytest.param({"generations": b""}, id="no generations"),
         pytest.param({"pool_blocks": 0}, id="no pool"),
-        pytest.param({"slabs": 0, "regions": b""}, id="no slabs"),
-        pytest.param({"slabs": 4, "regions": m.pack_regions([(0, 1)] * 4)}, id="more slabs than blocks"),
+        pytest.param({"slabs": 0, "generations": b""}, id="no slabs"),
+        pytest.param({"slabs": 4, "generations": m.pack_generations([1] * 4)}, id="more slabs than blocks"),
         pytest.param({"pool_blocks": (1 << 32) - 1}, id="an absurd pool"),
         pytest.param({"version": 2}, id="another version"),
         pytest.param({"layout": b"x" * 16}, id="another layout"),

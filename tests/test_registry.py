@@ -320,7 +320,8 @@ def test_a_transport_that_fails_to_open_is_unavailable(install: Install, raised:
 def ranking(install: Install, states: dict[str, Readiness]) -> list[registry.Ranked]:
     for name in states.keys() - {"shm", "memory"}:
         install(f"{name}-ferry", [name])
-    known = {name: Probe(state, f"{name} is {state}") for name, state in states.items()}
+    paths = {"shm": "memcpy", "tcp": "tcp", "mooncake": "rdma"}
+    known = {name: Probe(state, f"{name} is {state}", path=paths.get(name, "")) for name, state in states.items()}
     return [one for one in registry.ranked(lambda name: known.get(name, OTHER)) if one.name in states]
 
 
@@ -353,6 +354,7 @@ def test_what_does_not_work_here_comes_last_and_says_why(install: Install) -> No
     assert ranked[3].reason == "unavailable: zebra is unavailable"
 
 
-def test_the_engines_come_before_the_built_in_ones() -> None:
-    assert registry.PREFERENCE.index("mooncake") == 0
-    assert list(registry.PREFERENCE) == ["mooncake", "nixl", "shm", "tcp"]
+def test_what_works_less_well_than_it_could_is_taken_only_by_name_while_others_serve(install: Install) -> None:
+    ranked = ranking(install, {"shm": Readiness.READY, "acme": Readiness.DEGRADED})
+    assert [(one.name, one.automatic) for one in ranked] == [("shm", True), ("acme", False)]
+    assert "acme is degraded" in ranked[1].reason

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_FILE = os.devnull
 
 DEFAULTS = {
-    "transport": "shm",
+    "transport": "auto",
+    "require": "",
     "first_grant": 8192,
     "block_size": 128,
     "pool_blocks": 64,

@@ -284,7 +284,7 @@ def test_a_run_arrives_as_the_source_has_it(transport: type[PlainTransport], dat
     copies = write_plan(source, plan, first, slab_block, count, stage)
     slab = host_memory(plan.nbytes)
     slab.view()[:] = b"\xa5" * plan.nbytes
-    placed = land(copies, Region(0, 0, slab))
+    placed = land(copies, slab)
 
     touched = 0
     for name in names:

@@ -22,9 +22,17 @@ U32 = st.integers(0, (1 << 32) - 1)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 ID16 = st.binary(min_size=16, max_size=16)
-OFFERS = st.lists(st.builds(m.Offer, NAME, st.integers(0, (1 << 16) - 1), st.binary(max_size=100)), max_size=8).map(
-    tuple
-)
+OFFERS = st.lists(
+    st.builds(
+        m.Offer,
+        NAME,
+        st.integers(0, (1 << 16) - 1),
+        st.text(max_size=32),
+        st.binary(max_size=100),
+        st.binary(max_size=64),
+    ),
+    max_size=8,
+).map(tuple)
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("src", "dst", "min_live", "xfer", "room"), U63),
@@ -34,7 +42,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("dummy", "ok", "heard", "run"), st.booleans()),
     **dict.fromkeys(("code", "cause"), TEXT),
     **dict.fromkeys(("layout", "content_id"), ID16),
-    **dict.fromkeys(("regions", "runs", "digests"), st.binary(max_size=100)),
+    **dict.fromkeys(("generations", "runs", "digests"), st.binary(max_size=100)),
     **dict.fromkeys(("total", "ready"), st.integers(0, (1 << 48) - 1)),
     "version": st.integers(0, (1 << 16) - 1),
     "name": NAME,
@@ -43,6 +51,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ranks": st.integers(1, 4096),
     "aux": st.binary(min_size=128, max_size=128),
     "integrity": st.text(max_size=16).filter(lambda text: text.isascii()),
+    "via": st.text(max_size=128),
 }
 
 
@@ -50,6 +59,8 @@ def messages(kind: type[m.Message]) -> st.SearchStrategy[m.Message]:
     return st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__})
 
 
+OFFER = ["a", 1, "", b"", b""]
+LONG_OFFER = ["a", 1, "", bytes(65537), b""]
 ANY = st.sampled_from(KINDS).flatmap(messages)
 
 
@@ -86,10 +97,10 @@ def test_every_kind_has_a_tag_of_its_own() -> None:
 
 
 def test_the_longest_messages_fit_a_frame() -> None:
-    offers = tuple(m.Offer("n" * 128, 1, bytes(64 * 1024)) for _ in range(8))
+    offers = tuple(m.Offer("n" * 128, 1, "p" * 32, bytes(64 * 1024), bytes(8 * m.MAX_RUNS)) for _ in range(8))
     hello = m.Hello(
         src=1, dst=2, min_live=3, version=1, name="n" * 128, layout=bytes(16), block_size=1, pool_blocks=1, slabs=1,
-        regions=bytes(8 * m.MAX_RUNS), offers=offers, revision=1, ack=1,
+        generations=bytes(4 * m.MAX_RUNS), offers=offers, revision=1, ack=1,
     )  # fmt: skip
     assert decode(encode(hello)) == hello
     grant = m.Grant(src=1, dst=2, min_live=3, xfer=4, epoch=5, prefix=6, runs=bytes(16 * m.MAX_RUNS))
@@ -193,9 +204,9 @@ OPEN = ["O", 1, 2, 3, 4, 5, 0, 1, False]
         pytest.param(["A", 1, 2, 3, 4, bytes(16), 0, bytes(128), "x" * 17, 0], id="a long word"),
         pytest.param(["N", 1, 2, 3, "x" * 1025, ""], id="a long code"),
         pytest.param(["H", 1, 2, 3, 1, "", bytes(16), 1, 1, 1, b"", [], 1, 1], id="no name"),
-        pytest.param(["H", 1, 2, 3, 1, "n", bytes(16), 1, 1, 1, b"", [["a", 1, b""]] * 9, 1, 1], id="nine offers"),
+        pytest.param(["H", 1, 2, 3, 1, "n", bytes(16), 1, 1, 1, b"", [OFFER] * 9, 1, 1], id="nine offers"),
         pytest.param(["H", 1, 2, 3, 1, "n", bytes(16), 1, 1, 1, b"", [["a", 1]], 1, 1], id="half an offer"),
-        pytest.param(["H", 1, 2, 3, 1, "n", bytes(16), 1, 1, 1, b"", [["a", 1, bytes(65537)]], 1, 1], id="long offer"),
+        pytest.param(["H", 1, 2, 3, 1, "n", bytes(16), 1, 1, 1, b"", [LONG_OFFER], 1, 1], id="long offer"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_bounds_is_refused(form: list[object]) -> None:

@@ -189,9 +189,7 @@ class Workshop:
             case "overdue":
                 return 0, r.fence_overdue(args[0])
             case "replaced":
-                generation = r.generations[args[0]] + 1
-                regions = m.pack_regions((k, generation if k == args[0] else g) for k, g in enumerate(r.generations))
-                return 0, r.slab_replaced(args[0], generation, regions)
+                return 0, r.slab_replaced(args[0])
             case "resend":
                 return 0, r.resend(args[0])
             case "heartbeat":

@@ -98,6 +98,6 @@ class Setup:
     def _hello(self, incarnation: int, name: str, pool: int, slabs: int) -> m.Hello:
         return m.Hello(
             src=incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=name, layout=b"L" * 16, block_size=1,
-            pool_blocks=pool, slabs=slabs, regions=m.pack_regions((slab, 1) for slab in range(slabs)),
-            offers=(m.Offer("explored", 1, b""),), revision=1, ack=0,
+            pool_blocks=pool, slabs=slabs, generations=m.pack_generations([1] * slabs),
+            offers=(m.Offer("explored", 1, "", b"", b""),), revision=1, ack=0,
         )  # fmt: skip

@@ -268,6 +268,6 @@ def _plain(message: m.Message) -> str:
             fields.pop("digests")
     if "content_id" in fields:
         fields["content_id"] = fields["content_id"][:1].hex()
-    if "regions" in fields:
-        fields["regions"] = m.unpack_regions(fields["regions"])
+    if "generations" in fields:
+        fields["generations"] = m.unpack_generations(fields["generations"])
     return f"{type(message).__name__}({', '.join(f'{name}={value}' for name, value in fields.items())})"

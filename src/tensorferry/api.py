@@ -10,21 +10,24 @@ from tensorferry.core.group import Group
 from tensorferry.core.layout import Layout
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Transport
-from tensorferry.plugins.registry import open_transport
+from tensorferry.plugins.registry import AUTO, open_automatic, open_transport
 
 
 def _open(
     transport: str | Transport | None, options: Mapping[str, object] | None, settings: Mapping[str, object]
-) -> tuple[Transport, Settings]:
-    """A transport by its name (or the setting's), or one that the caller has opened; and the settings.
+) -> tuple[list[Transport], Settings]:
+    """The transport of a name (or the setting's), or all to choose from, or one that the caller has opened; and the
+    settings.
 
     Settings come from the arguments, then TENSORFERRY_*, then tensorferry.toml, then the defaults.
     """
     named = transport if isinstance(transport, str) else None
     loaded = Settings.load({**settings, "transport": named}).settings
     if isinstance(transport, Transport):
-        return transport, loaded
-    return open_transport(loaded.transport, options), loaded
+        return [transport], loaded
+    if loaded.transport == AUTO:
+        return open_automatic(options), loaded
+    return [open_transport(loaded.transport, options)], loaded
 
 
 class Sender(sending.Sender):
@@ -34,7 +37,8 @@ class Sender(sending.Sender):
             sender.send(room=17, input_embeds=x, fill_ids=ids).wait(timeout=30)
 
     `bind`: the control address; only this host unless told otherwise. `transport`: a name from `tensorferry
-    transports`, or an open Transport, which this endpoint then owns; `options` are the transport's own. `name`: a
+    transports`, "auto" (the default: each receiver is reached by the best that both sides have), or an open Transport,
+    which this endpoint then owns; `options` are those of the transport that is named. `name`: a
     stable name for this endpoint, by which a restarted process replaces its predecessor at once. `settings`: any
     setting of docs/settings.md. Raises ConfigError and its kin before anything is opened.
     """
@@ -53,7 +57,8 @@ class Sender(sending.Sender):
         try:
             super().__init__(layout, opened, loaded, bind=bind, name=name)
         except BaseException:
-            opened.close()
+            for one in opened:
+                one.close()
             raise
 
 
@@ -83,5 +88,6 @@ class Receiver(receiving.Receiver):
         try:
             super().__init__(layout, opened, loaded, group=group, name=name, choose=choose, poison=poison)
         except BaseException:
-            opened.close()
+            for one in opened:
+                one.close()
             raise

@@ -116,6 +116,6 @@ def from_post(first: int, what: str, times: int = 1 << 60) -> Callable[[int], st
 
 
 def let_go(end: Any) -> None:
-    transport: Transport = end.transport
+    transport: Transport = end.carriers.transports[0]
     assert isinstance(transport, Faulty)
     end._call(transport.let_go)

@@ -125,7 +125,7 @@ def _sender_books(s: Any) -> dict[str, Any]:
     left = {
         "slots": m.slots, "where": m.where, "writes": m.writes, "rooms": m.rooms, "orphans": m.orphans,
         "contested": m.contested, "handles": s._transfers, "sources": posts.sources, "lines": posts._lines,
-        "posted": posts._posted, "staging": posts.staging.max_take - posts.staging.free_bytes,
+        "posted": posts._posted, "staging": posts.staging.taken_bytes,
     }  # fmt: skip
     return {name: str(value) for name, value in left.items() if value}
 

@@ -153,7 +153,7 @@ def test_absent_components_are_none_and_cost_no_bytes(kind: str) -> None:
         sending, receiving = quay.sender.send(1, **only, deepstack_embeds=None), quay.receive()
         assert_same(receiving.result(PATIENCE), only)
         sending.wait(PATIENCE)
-        assert quay.sender.transport.bytes_posted == TOKENS * 512 * 4  # type: ignore[attr-defined]
+        assert quay.sender.carriers.transports[0].bytes_posted == TOKENS * 512 * 4  # type: ignore[attr-defined]
         everything = quay.carry(TOKENS, room=2)  # and the next one inherits nothing
         assert everything.result().deepstack_embeds is not None
         two = rows(10, layout=RICH, names=("input_embeds", "fill_ids"))
@@ -180,7 +180,7 @@ def test_a_result_is_the_callers_alone(kind: str) -> None:
         first = quay.receive(1).result(PATIENCE)
         quay.carry(100, room=2, seed=2)
         assert_same(first, given)
-        pool = [quay.receiver._buffers.region(k).memory for k in range(quay.receiver.geometry.slab_count)]
+        pool = [quay.receiver._buffers.memory(k) for k in range(quay.receiver.geometry.slab_count)]
         for name in first:
             tensor = first[name]
             assert tensor is not None

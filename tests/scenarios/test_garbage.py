@@ -42,8 +42,8 @@ def random_frames(dice: random.Random) -> list[bytes]:
 def hello(**change: Any) -> m.Hello:
     plain = m.Hello(
         src=HUGE, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name="stranger", layout=SMALL.fingerprint,
-        block_size=16, pool_blocks=8, slabs=8, regions=m.pack_regions((k, 1) for k in range(8)),
-        offers=(m.Offer("memory", 1, b"\x00" * 100),), revision=1, ack=0,
+        block_size=16, pool_blocks=8, slabs=8, generations=m.pack_generations([1] * 8),
+        offers=(m.Offer("memory", 1, "memcpy", b"\x00" * 100, bytes(64)),), revision=1, ack=0,
     )  # fmt: skip
     return msgspec.structs.replace(plain, **change)
 
@@ -53,9 +53,9 @@ def absurd_messages(to: int) -> list[m.Message]:
     about = {"src": HUGE, "dst": to, "min_live": 1, "xfer": 1}
     most = (1 << 32) - 1
     return [
-        hello(), hello(pool_blocks=most, slabs=most, regions=b""), hello(regions=b"abc", revision=2),
+        hello(), hello(pool_blocks=most, slabs=most, generations=b""), hello(generations=b"abc", revision=2),
         hello(slabs=0, pool_blocks=0), hello(block_size=0), hello(offers=(), revision=3),
-        hello(offers=(m.Offer("shm", 1, os.urandom(60_000)),), revision=4),
+        hello(offers=(m.Offer("shm", 1, "", os.urandom(60_000), b"torn"),), revision=4),
         hello(pool_blocks=most, slabs=1, revision=5),
         m.Open(**about, room=HUGE, rank=4095, ranks=4096, dummy=False),
         m.Open(**about, room=1, rank=3, ranks=1, dummy=True), m.Open(**about, room=1, rank=0, ranks=1, dummy=False),
@@ -68,7 +68,7 @@ def absurd_messages(to: int) -> list[m.Message]:
         m.Query(src=HUGE, dst=to, xfer=1, room=1, rank=1, ranks=2, heard=False, code="x", cause=""),
         m.Verdict(src=HUGE, dst=to, xfer=1, run=True, code="", cause=""),
         m.Announce(src=HUGE, dst=to, xfer=1, total=(1 << 48) - 1, content_id=bytes(16), present=most, aux=bytes(128),
-                   integrity="nothing", ready=0),
+                   integrity="nothing", ready=0, via="x"),
         m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, most)]), digests=b""),
         m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, 1)]), digests=b"12345678"),
         m.Fenced(src=HUGE, dst=to, xfer=1, upto=most), m.Commit(src=HUGE, dst=to, xfer=1),

@@ -11,7 +11,7 @@ from scenario_kit import PATIENCE, SMALL, Quay, assert_same, eventually, rows
 from tensorferry.core import messages as m
 from tensorferry.core import timing
 
-ABOUT_THE_RUN = {"src", "dst", "content_id", "digests", "offers", "name", "regions"}
+ABOUT_THE_RUN = {"src", "dst", "content_id", "digests", "offers", "name", "generations"}
 
 
 def told(message: m.Message) -> tuple[Any, ...]:

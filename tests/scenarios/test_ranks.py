@@ -239,4 +239,4 @@ def test_a_follower_whose_leader_is_not_there_says_so_in_bounded_time(kind: str)
     with tf.Sender(SMALL, transport=kind) as sender, tf.Receiver(SMALL, transport=kind, group=group, **QUICK) as rank1:
         with pytest.raises(errors.PeerUnreachable, match="leader"):
             rank1.receive(1, sender.address).wait(PATIENCE)
-        eventually(lambda: rank1.free_blocks == rank1.pool_blocks)  # told at once; the sender says later that it is fenced
+        eventually(lambda: rank1.free_blocks == rank1.pool_blocks)  # after the sender's fence

@@ -49,14 +49,14 @@ def test_a_resume_that_finds_no_room_fails_as_pool_timeout(kind: str, on_exhaust
         given = rows(TOKENS, layout=SMALL)
         slow = quay.sender.announce(1, TOKENS)
         slow.put(0, **part(given, 0, 64))
-        quay.sender.transport.script = lambda n: WRITE  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = lambda n: WRITE  # type: ignore[attr-defined]
         first = quay.receive(1)
         eventually(lambda: first.sent_tokens == 64)
         quay.receiver._call(lambda: object.__setattr__(quay.receiver.settings, "transfer_deadline", deadline))
-        quay.sender.transport.script = from_post(0, HOLD)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(0, HOLD)  # type: ignore[attr-defined]
         hog = quay.sender.send(2, **rows(64, layout=SMALL))
         second = quay.receive(2)
-        eventually(lambda: len(quay.sender.transport.held) > 0)  # type: ignore[attr-defined]
+        eventually(lambda: len(quay.sender.carriers.transports[0].held) > 0)  # type: ignore[attr-defined]
         eventually(lambda: quay.receiver.free_blocks == 0)
         slow.put(64, **part(given, 64, TOKENS))
         with pytest.raises(errors.PoolTimeout) as raised:
@@ -136,8 +136,7 @@ def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
 def test_a_write_to_a_block_that_nobody_was_granted_is_noticed() -> None:
     """What the assertions on stale writes are worth."""
     with Quay(**ROUNDS, clean=False) as quay:
-        region = quay.receiver._buffers.region(0)
-        region.memory.view()[:1] = b"!"
+        quay.receiver._buffers.memory(0).view()[:1] = b"!"
         quay.carry(TOKENS)
         assert len(quay.receiver.stale_writes) == 1
 
@@ -148,18 +147,18 @@ def test_a_write_to_a_block_that_nobody_was_granted_is_noticed() -> None:
 @pytest.mark.parametrize("what", [FAIL, RAISE, BREAK, TEAR])
 def test_a_transfer_that_is_interrupted_in_round_2_resumes(kind: str, what: str) -> None:
     with faulty_quay(kind, choose=CHOOSERS["lowest-first"]) as quay:
-        quay.sender.transport.script = from_post(3, what, 2)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(3, what, 2)  # type: ignore[attr-defined]
         receiving = quay.carry(TOKENS)
         assert sum(r.tokens for r in receiving.rounds) == TOKENS
-        assert quay.sender.transport.posts > 5  # type: ignore[attr-defined]
+        assert quay.sender.carriers.transports[0].posts > 5  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("what", [LOSE, MUTE])
 def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind: str, what: str) -> None:
     with faulty_quay(kind) as quay:
-        quay.sender.transport.script = from_post(3, what, 1)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(3, what, 1)  # type: ignore[attr-defined]
         quay.carry(TOKENS)  # on the blocks that are left
-        left = len(quay.sender.transport.held[0].copies)  # type: ignore[attr-defined]
+        left = len(quay.sender.carriers.transports[0].held[0].copies)  # type: ignore[attr-defined]
         assert left > 0
         eventually(lambda: "quarantined" in books(quay.receiver))
         assert quay.receiver.free_blocks < 8
@@ -171,7 +170,7 @@ def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind
 def test_a_write_that_is_never_drained_costs_its_slab_and_nothing_else(kind: str) -> None:
     """F3: the slab is replaced; what lands late lands in memory that is nobody's."""
     with faulty_quay(kind, slabs=4, **QUICK) as quay:
-        quay.sender.transport.script = from_post(3, LOSE, 1)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(3, LOSE, 1)  # type: ignore[attr-defined]
         quay.carry(TOKENS)
         eventually(lambda: quay.receiver.free_blocks == 8)
         assert quay.receiver._call(lambda: quay.receiver._buffers.graveyard.nbytes) > 0
@@ -187,12 +186,12 @@ def test_a_write_that_is_never_drained_costs_its_slab_and_nothing_else(kind: str
 @pytest.mark.parametrize(("what", "error"), [(FAIL, errors.TransportError), (TEAR, errors.IntegrityError)])
 def test_a_transfer_whose_every_write_goes_wrong_fails_and_says_why(kind: str, what: str, error: type) -> None:
     with faulty_quay(kind, max_bumps=3) as quay:
-        quay.sender.transport.script = from_post(1, what)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(1, what)  # type: ignore[attr-defined]
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
         for transfer in (receiving, sending):
             with pytest.raises(error):
                 transfer.wait(PATIENCE)
-        quay.sender.transport.script = from_post(0, WRITE)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(0, WRITE)  # type: ignore[attr-defined]
         quay.carry(TOKENS)
 
 
@@ -200,7 +199,7 @@ def test_one_room_whose_posts_break_does_not_stop_the_others(kind: str) -> None:
     with faulty_quay(kind, max_bumps=2) as quay:
         bad = quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         lines = quay.sender._poster._lines
-        quay.sender.transport.script = lambda n: (  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = lambda n: (  # type: ignore[attr-defined]
             BREAK if any(line and line[0].write.serial == bad._serial for line in lines.values()) else WRITE
         )
         receiving = quay.receive(1)
@@ -216,7 +215,7 @@ def test_one_room_whose_posts_break_does_not_stop_the_others(kind: str) -> None:
 
 def test_a_session_that_is_refused_is_an_error_of_both_sides_and_blacklists_nobody(kind: str) -> None:
     with faulty_quay(kind, transfer_deadline=1.5) as quay:
-        quay.sender.transport.refuse_connections = 1  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].refuse_connections = 1  # type: ignore[attr-defined]
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
         with pytest.raises(errors.PeerUnreachable, match="connection refused"):
             receiving.wait(PATIENCE)
@@ -228,7 +227,7 @@ def test_a_session_that_is_refused_is_an_error_of_both_sides_and_blacklists_nobo
 def test_a_session_that_is_invalid_at_the_resume_is_made_anew(kind: str, times: int) -> None:
     with faulty_quay(kind) as quay:
         sending, receiving, given = between_rounds(quay)
-        quay.sender.transport.refuse_connections = times  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].refuse_connections = times  # type: ignore[attr-defined]
         replace_memory(quay)
         sending.put(320, **part(given, 320, TOKENS))
         assert_same(receiving.result(PATIENCE), given)
@@ -238,7 +237,7 @@ def test_a_session_that_is_invalid_at_the_resume_is_made_anew(kind: str, times: 
 def test_a_session_that_stays_invalid_at_the_resume_fails_and_says_why(kind: str) -> None:
     with faulty_quay(kind, max_bumps=2) as quay:
         sending, receiving, given = between_rounds(quay)
-        quay.sender.transport.refuse_connections = 1 << 60  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].refuse_connections = 1 << 60  # type: ignore[attr-defined]
         replace_memory(quay)
         sending.put(320, **part(given, 320, TOKENS))
         for transfer in (receiving, sending):
@@ -295,9 +294,9 @@ def test_either_side_may_cancel_between_rounds_and_both_end(kind: str, who: str)
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_cancelling_under_a_write_frees_its_blocks_only_when_it_has_drained(kind: str, who: str) -> None:
     with faulty_quay(kind) as quay:
-        quay.sender.transport.script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
-        eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
+        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
         (sending if who == "sender" else receiving).cancel()
         for transfer in (sending, receiving):
             with pytest.raises(errors.Cancelled):
@@ -351,7 +350,7 @@ def test_a_restarted_sender_with_the_same_content_finishes_and_resends_nothing(k
         assert sum(r.tokens for r in receiving.rounds) == TOKENS
         assert receiving.rounds[-1].start >= 320
         per_block = -(-SMALL.token_bytes * BLOCK // 64) * 64
-        assert quay.sender.transport.bytes_posted <= blocks * (per_block + 128)  # type: ignore[attr-defined]
+        assert quay.sender.carriers.transports[0].bytes_posted <= blocks * (per_block + 128)  # type: ignore[attr-defined]
 
 
 def test_a_restarted_sender_with_other_content_starts_over(kind: str) -> None:
@@ -409,10 +408,10 @@ def test_a_sender_that_does_not_come_back_is_lost_within_the_timeout(kind: str) 
 def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(kind: str) -> None:
     """F4: no slab has to be replaced, and other senders' rooms go on."""
     with faulty_quay(kind, **QUICK, clean=False) as quay:
-        quay.sender.transport.script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
         quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         receiving = quay.receive(1)
-        eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
+        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
         regions = quay.receiver._call(quay.receiver._buffers.regions)
         introduced(quay)
         quay.crash(quay.sender)
@@ -434,12 +433,12 @@ def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(kind: str, m
         def no_memory(*about: object) -> None:
             raise errors.TransportError("no memory")
 
-        monkeypatch.setattr(receiver.transport, "peer_state", lambda peer: PeerState.UNKNOWN)
+        monkeypatch.setattr(receiver.carriers.transports[0], "peer_state", lambda peer: PeerState.UNKNOWN)
         monkeypatch.setattr(receiver._buffers, "replace", no_memory)
-        quay.sender.transport.script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
         quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         lost = quay.receive(1)
-        eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
+        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
         address = quay.sender.address
         quay.crash(quay.sender)
         with pytest.raises(errors.PeerLost):
@@ -506,9 +505,9 @@ def test_closing_an_endpoint_in_the_middle_cancels_on_both_sides(kind: str, who:
 
 def test_closing_while_writes_hang_is_bounded_and_ends_everything(kind: str) -> None:
     with faulty_quay(kind, clean=False) as quay:
-        quay.sender.transport.script = from_post(0, HOLD)  # type: ignore[attr-defined]
+        quay.sender.carriers.transports[0].script = from_post(0, HOLD)  # type: ignore[attr-defined]
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
-        eventually(lambda: quay.sender.transport.held)  # type: ignore[attr-defined]
+        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
         quay.sender.close()
         for transfer in (sending, receiving):
             with pytest.raises(errors.FerryError):
@@ -572,4 +571,4 @@ def test_the_state_of_a_crashed_endpoint_is_provable(kind: str) -> None:
         known = next(iter(quay.receiver._known.values()))
         introduced(quay)
         quay.crash(quay.sender)
-        eventually(lambda: known.peer and quay.receiver.transport.peer_state(known.peer) is PeerState.GONE)
+        eventually(lambda: known.reach.quiet)

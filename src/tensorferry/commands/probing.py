@@ -75,7 +75,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _parse(answer: bytes) -> Probe:
     try:
         told = json.loads(answer)
-        return Probe(Readiness(told["readiness"]), told["reason"], told["hint"], told["facts"])
+        return Probe(Readiness(told["readiness"]), told["reason"], told["hint"], told["facts"], told["path"])
     except (ValueError, KeyError, TypeError):
         return Probe(Readiness.BROKEN, f"its probe answered {answer[:80]!r}")
 

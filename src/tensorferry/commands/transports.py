@@ -70,6 +70,7 @@ def _as_dict(entry: Ranked) -> dict[str, Any]:
         "status": str(entry.probe.readiness),
         "usable": entry.probe.usable,
         "automatic": entry.automatic,
+        "path": entry.probe.path,
         "reason": entry.reason,
         "hint": entry.probe.hint,
         "facts": entry.probe.facts,
@@ -78,6 +79,8 @@ def _as_dict(entry: Ranked) -> dict[str, Any]:
 
 def _explain(entry: Ranked, out: Output) -> None:
     told = {"provided by": _providers(entry.plugins), "reason": _without_status(entry)}
+    if entry.probe.path:
+        told["path"] = entry.probe.path
     if entry.probe.hint:
         told["hint"] = entry.probe.hint
     told |= entry.probe.facts

@@ -1,0 +1,278 @@
+"""The transports of one endpoint, and how each of its peers is reached: by the best that both have, then the next.
+
+The endpoint's memory is registered with all of them once. A peer's Hello offers what the peer has; `reach` connects
+to each offer that both can use and keeps the reason for every one that is not used. With one transport there is
+nothing to choose, and nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tensorferry.core import messages as m
+from tensorferry.core.errors import (
+    BadCall,
+    FerryError,
+    ProtocolViolation,
+    TransportError,
+    TransportMismatch,
+    TransportUnavailable,
+    VersionMismatch,
+)
+from tensorferry.core.memory import Memory
+from tensorferry.core.selection import Candidate, Verdict, preference, rank
+from tensorferry.core.transport import CONTRACT_VERSION, PeerState, Region, Transport
+
+log = logging.getLogger("tensorferry.carriers")
+
+Regions = Mapping[str, Region]
+"""One piece of memory as each transport has registered it, by the transport's name."""
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One transport's way to a peer. `regions`: the peer's slabs as this transport knows them, (id, generation)."""
+
+    transport: Transport
+    peer: Any
+    regions: list[tuple[int, int]]
+
+    @property
+    def state(self) -> PeerState:
+        return self.transport.peer_state(self.peer)
+
+
+@dataclass(slots=True, eq=False)
+class Reach:
+    """How a peer is reached: the lanes that work, best first, and a verdict on every transport of either side."""
+
+    lanes: list[Lane]
+    verdicts: list[Verdict]
+    blind: tuple[str, ...] = ()
+    """Transports that could not be connected although both sides have them: whether the peer can use them is unknown,
+    so nothing that they cannot rule out counts as proved."""
+    failures: int = field(default=0)
+    """Posts in a row that went wrong on the first lane."""
+
+    @property
+    def lane(self) -> Lane:
+        return self.lanes[0]
+
+    @property
+    def ended(self) -> bool:
+        """Some transport proves that the peer's process has ended, or that it closed."""
+        return any(lane.state is PeerState.GONE for lane in self.lanes)
+
+    @property
+    def quiet(self) -> bool:
+        """Every way by which the peer could write to us is proved to have ended (F4)."""
+        return not self.blind and all(lane.state is PeerState.GONE for lane in self.lanes)
+
+    def fall_back(self, reason: str) -> bool:
+        """Put the lane in use last: the next one carries from now on. False where there is no other."""
+        self.failures = 0
+        if len(self.lanes) < 2:
+            return False
+        given_up = self.lanes.pop(0)
+        self.lanes.append(given_up)
+        name = given_up.transport.name
+        kept = [v for v in self.verdicts if v.name != name]
+        told = next(v for v in self.verdicts if v.name == name)
+        viable = sum(v.viable for v in kept)
+        kept.insert(viable, replace(told, reason=f"the last resort: {reason}"))
+        self.verdicts = kept
+        return True
+
+    def disconnect(self) -> None:
+        for lane in self.lanes:
+            lane.transport.disconnect(lane.peer)
+
+
+class Carriers:
+    """Owns the transports: what it is given it closes. One thread only (the endpoint's I/O thread)."""
+
+    def __init__(self, transports: Transport | Sequence[Transport], *, require: str = "") -> None:
+        """`require`: a path ("rdma") that the bytes must take. Raises TransportUnavailable where none can take it."""
+        given = [transports] if isinstance(transports, Transport) else list(transports)
+        if not given or len({t.name for t in given}) != len(given):
+            raise BadCall(f"an endpoint needs transports of different names, not {[t.name for t in given]}")
+        self.require = require
+        self.rejected: list[Verdict] = []
+        """Those that were open and are not used, with the reason."""
+        self._all = list(given)
+        fit = [t for t in given if not require or t.path() == require]
+        self.rejected += [
+            Verdict(t.name, t.path(), False, f"{require} is required, and its path is {t.path()}")
+            for t in given
+            if t not in fit
+        ]
+        if not fit:
+            raise TransportUnavailable(
+                f"{require} is required, and no transport here has it: "
+                + "; ".join(f"{v.name} goes over {v.path}" for v in self.rejected),
+                hint="`tensorferry transports --why` shows what each transport finds on this machine",
+                transport=given[0].name,
+            )
+        self.transports = sorted(fit, key=lambda t: preference(t.name, t.path()))
+        # Only one can say where the pool lies. The others register what it allocated.
+        choosy = [t for t in self.transports if t.capabilities.allocates_targets]
+        for other in choosy[1:]:
+            self.reject(other, f"its targets have to be of its own making, and {choosy[0].name} comes first")
+        self._allocator = choosy[0] if choosy else self.transports[0]
+
+    @property
+    def wakes(self) -> bool:
+        """All of them call back when something happens: nobody needs to poll."""
+        return all(t.capabilities.wakes for t in self.transports)
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        for transport in self.transports:
+            if transport.capabilities.wakes:
+                transport.on_progress(wake)
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> Memory:
+        return self._allocator.allocate(nbytes)
+
+    def register(self, memory: Memory) -> dict[str, Region]:
+        """With every transport. One that will not take it is not used any more, unless it is the only one left."""
+        regions: dict[str, Region] = {}
+        for transport in list(self.transports):
+            try:
+                regions[transport.name] = transport.register(memory)
+            except FerryError as problem:
+                if len(self.transports) == 1:
+                    raise
+                self.reject(transport, f"it could not register the pool: {problem}")
+        return regions
+
+    def retire(self, regions: Regions) -> None:
+        for transport in self.transports:
+            if transport.name in regions:
+                transport.retire(regions[transport.name])
+
+    def flush(self, regions: Regions) -> None:
+        for transport in self.transports:
+            if transport.capabilities.needs_flush and transport.name in regions:
+                transport.flush(regions[transport.name])
+
+    # ---- peers -------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        return [Candidate(t.name, t.path(), CONTRACT_VERSION) for t in self.transports]
+
+    def offers(self, slabs: Iterable[Regions] = ()) -> tuple[m.Offer, ...]:
+        """What Hello says: each transport with its descriptor and its name for every slab."""
+        held = list(slabs)
+        return tuple(
+            m.Offer(
+                t.name,
+                CONTRACT_VERSION,
+                t.path(),
+                t.describe(),
+                m.pack_regions((s[t.name].id, s[t.name].generation) for s in held if t.name in s),
+            )
+            for t in self.transports
+        )
+
+    def reach(self, hello: m.Hello, who: str, before: Reach | None = None) -> Reach:
+        """Connect to a peer by every transport that both have; again when its Hello has changed, with the Reach of
+        before, so that what was given up then is not tried first now.
+
+        Raises TransportMismatch, VersionMismatch, or what the only common transport's `connect` raises, where no way
+        is left; the cause lists every transport's reason.
+        """
+        offered = {offer.name: offer for offer in hello.offers}
+        ours = {t.name: t for t in self.transports}
+        verdicts = rank(self.candidates(), [Candidate(o.name, o.path, o.contract) for o in hello.offers], self.require)
+        slabs = len(hello.generations) // 4
+        lanes: list[Lane] = []
+        seen: list[Verdict] = []
+        blind: list[str] = []
+        problems: list[FerryError] = []
+        for verdict in verdicts:
+            if not verdict.viable:
+                seen.append(verdict)
+                continue
+            try:
+                lanes.append(_lane(ours[verdict.name], offered[verdict.name], slabs, self.require, who))
+                seen.append(verdict)
+            except FerryError as problem:
+                problems.append(problem)
+                seen.append(replace(verdict, viable=False, reason=problem.cause))
+                if not isinstance(problem, TransportMismatch | VersionMismatch):
+                    blind.append(verdict.name)
+        seen.sort(key=lambda v: not v.viable)
+        if lanes:
+            if before is not None:
+                order = [lane.transport.name for lane in before.lanes]
+                lanes.sort(key=lambda lane: _place(lane.transport.name, order))
+                seen.sort(key=lambda v: (not v.viable, _place(v.name, order)))
+            first = next(v for v in seen if v.viable)
+            if not first.reason.startswith("first choice"):
+                seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
+            return Reach(lanes, seen + self.rejected, tuple(blind))
+        if len(problems) == 1:
+            raise problems[0]
+        raise self._no_way(seen, offered, who)
+
+    def _no_way(self, seen: list[Verdict], offered: Mapping[str, m.Offer], who: str) -> FerryError:
+        names = {v.name for v in seen}
+        both = [v for v in seen if v.name in offered and any(t.name == v.name for t in self.transports)]
+        if not both:
+            return TransportMismatch(
+                f"this side has {', '.join(t.name for t in self.transports)}, "
+                f"the peer offers {', '.join(offered) or 'none'}",
+                hint="Name the same transport on both sides, or leave both to choose (transport=auto)",
+                peer=who,
+            )
+        told = "; ".join(f"{v.name}: {v.reason}" for v in both if v.name in names)
+        kind = VersionMismatch if all("transport contract" in v.reason for v in both) else TransportMismatch
+        return kind(f"no transport joins the two sides: {told}", peer=who)
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """All of them, whatever one of them raises. Idempotent."""
+        for transport in self._all:
+            try:
+                transport.close()
+            except Exception:  # it may not; the others' memory and sockets are given back all the same
+                log.exception("%s.close raised", transport.name)
+
+    def reject(self, transport: Transport, reason: str) -> None:
+        """Use it no more, and close it: the endpoint has others."""
+        log.warning("transport %s is not used: %s", transport.name, reason)
+        self.transports.remove(transport)
+        self.rejected.append(Verdict(transport.name, transport.path(), False, reason))
+        transport.close()
+
+
+def _place(name: str, order: list[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _lane(transport: Transport, offer: m.Offer, slabs: int, require: str, who: str) -> Lane:
+    try:
+        regions = m.unpack_regions(offer.regions)
+    except ValueError as problem:
+        raise ProtocolViolation(str(problem), peer=who, transport=transport.name) from None
+    if len(regions) != slabs:
+        raise ProtocolViolation(f"{len(regions)} regions for {slabs} slabs", peer=who, transport=transport.name)
+    try:
+        peer = transport.connect(offer.descriptor)
+    except FerryError:
+        raise
+    except Exception as problem:
+        log.exception("%s.connect raised what no transport may raise", transport.name)
+        raise TransportError(f"{type(problem).__name__}: {problem}", peer=who) from problem
+    if require and transport.path(peer) != require:
+        transport.disconnect(peer)
+        raise TransportMismatch(
+            f"{require} is required, and the path to this peer is {transport.path(peer)}", transport=transport.name
+        )
+    return Lane(transport, peer, regions)
