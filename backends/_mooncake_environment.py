@@ -1,0 +1,228 @@
+"""The Mooncake engine's environment: what we set before its import, what we refuse, whether its libraries are there.
+
+The engine takes most of its settings from variables of the process and reads some of them at each transfer. What we
+set is in `SETS`, each with its reason; a value that is there already is the user's and wins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+log = logging.getLogger("tensorferry.backends.mooncake")
+
+MINIMUM = (0, 3, 13)
+"""The first release with the fixes that this transport counts on: the engine's server checks each address that a peer
+names against what is registered, and a write is complete when the peer has acknowledged it."""
+
+INSTALL = "pip install 'tensorferry[mooncake-cpu]' (without CUDA) or 'tensorferry[mooncake]' (with CUDA 12)"
+
+DISTRIBUTIONS = (
+    "mooncake-transfer-engine-non-cuda",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
+)
+
+LIBRARIES = {
+    "libibverbs.so.1": "libibverbs1",
+    "libcurl.so.4": "libcurl4",
+    "libnuma.so.1": "libnuma1",
+    "libstdc++.so.6": "libstdc++6",
+    "libgcc_s.so.1": "libgcc-s1",
+}
+"""What the wheels expect of the system (their NEEDED entries, less what they bring themselves), and the Debian package
+that has it."""
+
+DEFAULT_PROGRESS_S = 10
+DEFAULT_TRANSFER_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    name: str
+    value: str
+    reason: str
+
+
+PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
+TRANSFER = "MC_TRANSFER_TIMEOUT"
+
+SETS = (
+    Variable("MC_LOG_LEVEL", "ERROR", "the engine writes every step to standard error; its errors are kept"),
+    Variable(
+        PROGRESS,
+        str(DEFAULT_PROGRESS_S),
+        "a write to a process that is stopped ends after so many seconds without progress, not after 30; "
+        "from the option progress_timeout",
+    ),
+    Variable(
+        TRANSFER,
+        str(DEFAULT_TRANSFER_S),
+        "has to be above MC_TCP_PROGRESS_TIMEOUT_SEC: a transfer that is given up while the engine still reads its "
+        "source would send bytes that were put there later; from the option transfer_timeout",
+    ),
+)
+"""Variables that opening a mooncake transport sets where the user has not."""
+
+_REFUSES = {
+    "MC_LOG_DIR": "set from Python it aborts the process (the engine's logging is initialized twice)",
+    "MC_DISABLE_METACACHE": "each submit would ask the peer again, which can block every transfer for a minute",
+}
+
+
+class Unfit(Exception):
+    """The engine cannot be used here: `reason`, and `hint` what would help."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+_ours: dict[str, str] = {}
+
+
+def refuse_dangers() -> None:
+    """Raises Unfit for variables under which the engine aborts, blocks or reports what is not true."""
+    for name, why in _REFUSES.items():
+        if os.environ.get(name):
+            raise Unfit(f"{name} is set: {why}", f"Unset {name}")
+    if os.environ.get("MC_TCP_PROTO") == "1":
+        raise Unfit(
+            "MC_TCP_PROTO=1 is set: the engine then calls a write complete that the peer has not acknowledged",
+            "Unset MC_TCP_PROTO",
+        )
+    if os.environ.get("MC_TCP_ENABLE_CONNECTION_POOL", "").lower() in ("0", "false", "no"):
+        raise Unfit(
+            "MC_TCP_ENABLE_CONNECTION_POOL is off: each submit would connect anew and block for as long as that takes",
+            "Unset MC_TCP_ENABLE_CONNECTION_POOL",
+        )
+
+
+def prepare(progress_s: int = DEFAULT_PROGRESS_S, transfer_s: int = DEFAULT_TRANSFER_S) -> tuple[float, float]:
+    """Set what the user has not set; returns the progress and the transfer time-out that hold, in seconds.
+
+    Warns, naming the variable, where the environment overrules an option or its values are unsound together.
+    """
+    wanted = {PROGRESS: str(progress_s), TRANSFER: str(transfer_s)}
+    defaults = {variable.name: variable.value for variable in SETS}
+    for name, default in defaults.items():
+        value = wanted.get(name, default)
+        there = os.environ.get(name)
+        if there is None:
+            os.environ[name] = _ours[name] = value
+        elif there != value and value != default:
+            whose = "by an earlier mooncake transport of this process" if _ours.get(name) == there else "already"
+            log.warning("%s=%s is set %s and counts for the whole process; the option %s is not used",
+                        name, there, whose, value)  # fmt: skip
+    progress, transfer = _seconds(PROGRESS, 30.0), max(5.0, _seconds(TRANSFER, 30.0))
+    if progress >= transfer:
+        log.warning(
+            "%s (%g s) is not below %s (%g s): a write that is given up may still be read from its source; "
+            "its memory is kept until the engine has ended it",
+            PROGRESS, progress, TRANSFER, transfer,
+        )  # fmt: skip
+    return progress, transfer
+
+
+def _seconds(name: str, fallback: float) -> float:
+    try:
+        return float(os.environ[name])
+    except (KeyError, ValueError):
+        return fallback
+
+
+def installed_version() -> str:
+    """The installed engine's version; "" where there is none. Does not import it."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def check_installed() -> str:
+    """The engine's version. Raises Unfit where it is missing or too old."""
+    version = installed_version()
+    if not version or importlib.util.find_spec("mooncake") is None:
+        raise Unfit("the Mooncake transfer engine is not installed", INSTALL)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < MINIMUM:
+        least = ".".join(map(str, MINIMUM))
+        raise Unfit(
+            f"Mooncake {version} is installed, and {least} is the first release with fixes that safety needs",
+            f"Install that or a later one: {INSTALL}",
+        )
+    return version
+
+
+def explain_import(error: ImportError) -> Unfit:
+    """Why `import mooncake.engine` failed, naming every system library that is missing and its Debian package."""
+    text = str(error)
+    named = re.search(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object", text)
+    missing = {name for name in LIBRARIES if not _loads(name)}
+    if named:
+        missing.add(named[1])
+    if not missing:
+        return Unfit(f"the Mooncake engine cannot be imported: {text}", INSTALL)
+    cuda = sorted(name for name in missing if name.startswith(("libcuda", "libcudart", "libnvidia")))
+    if cuda:
+        return Unfit(
+            f"the CUDA build of the Mooncake engine is installed and {', '.join(cuda)} is missing",
+            "Without CUDA: pip uninstall mooncake-transfer-engine; pip install 'tensorferry[mooncake-cpu]'",
+        )
+    packages = sorted(LIBRARIES.get(name, "") for name in missing)
+    names = ", ".join(sorted(missing))
+    known = " ".join(package for package in packages if package)
+    return Unfit(
+        f"the Mooncake engine needs {names}, which this system lacks",
+        f"Debian and Ubuntu: apt-get install {known}" if known else "Install the package that has it",
+    )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def rdma_ports() -> dict[str, bool]:
+    """The RDMA devices that the kernel shows, and whether a port of each is active."""
+    devices: dict[str, bool] = {}
+    for device in sorted(Path("/sys/class/infiniband").glob("*")):
+        states = []
+        for state in device.glob("ports/*/state"):
+            try:
+                states.append(state.read_text(encoding="ascii"))
+            except OSError:  # the port has just gone
+                continue
+        devices[device.name] = any("ACTIVE" in state for state in states)
+    return devices
+
+
+def why_not_rdma(device: str = "") -> tuple[str, str]:
+    """Why the engine would run over TCP, and what helps. ("", "") where nothing that we can see stands against RDMA."""
+    if "MC_FORCE_TCP" in os.environ:
+        return "MC_FORCE_TCP is set", "Unset MC_FORCE_TCP"
+    devices = rdma_ports()
+    wanted = [name for name in device.split(",") if name]
+    if not devices:
+        return "there is no RDMA device", "Check `ls /sys/class/infiniband`, and that a container is given its devices"
+    unknown = [name for name in wanted if name not in devices]
+    if unknown:
+        return f"there is no RDMA device {', '.join(unknown)}", f"There are: {', '.join(devices)}"
+    inactive = [name for name in wanted or devices if not devices[name]]
+    if len(inactive) == len(wanted or devices):
+        return f"no port of {', '.join(inactive)} is active", "Check the link: `ibv_devinfo`, `rdma link`"
+    filters = os.environ.get("MC_TE_FILTERS", "")
+    if filters and not set(filters.split(",")) & {name for name, active in devices.items() if active}:
+        return f"MC_TE_FILTERS={filters} leaves no active device", "Change or unset MC_TE_FILTERS"
+    return "", ""

@@ -1,0 +1,131 @@
+"""What the kernel knows of the engine's sockets, and three things that the engine has no call for.
+
+The engine blocks in its sockets with long time-outs: its destructor for up to a second in `accept` with the GIL held,
+a first contact for up to 60 s in `recv` with the lock that all submits need. The sockets are this process's own, so it
+can shorten the one and cut the other. And after a peer's death the kernel's tables say whether bytes of it are still
+on their way to our memory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ACCEPT_S = 0.002
+
+_TIMEVAL = struct.Struct("ll")
+_LISTEN, _TIME_WAIT = 0x0A, 0x06
+
+
+@contextmanager
+def _own_sockets() -> Iterator[Iterator[socket.socket]]:
+    """This process's stream sockets, each as a duplicate that is closed after its turn."""
+
+    def each() -> Iterator[socket.socket]:
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    continue
+                duplicate = socket.socket(fileno=os.dup(int(name)))
+            except OSError:  # closed meanwhile
+                continue
+            try:
+                if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                    yield duplicate
+            finally:
+                duplicate.close()
+
+    yield each()
+
+
+def hasten_listener(port: int) -> bool:
+    """Let the thread that accepts connections on `port` look up every 2 ms from now on. True: it was found.
+
+    The time-out of an accept that waits already does not change: a connection of no content ends that one.
+    """
+    with _own_sockets() as sockets:
+        for one in sockets:
+            with suppress(OSError):
+                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and one.getsockname()[1] == port:
+                    interval = _TIMEVAL.pack(0, int(ACCEPT_S * 1e6))
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+                    host = "::1" if one.family == socket.AF_INET6 else "127.0.0.1"
+                    socket.create_connection((host, port), timeout=0.2).close()
+                    return True
+    return False
+
+
+def cut_connections(host: str, port: int) -> int:
+    """End this process's connections to `host`:`port`, whoever waits in them; how many there were."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return 0
+    count = 0
+    with _own_sockets() as sockets:
+        for one in sockets:
+            with suppress(OSError):
+                name = one.getpeername()
+                if name[1] == port and name[0].removeprefix("::ffff:") in addresses:
+                    one.shutdown(socket.SHUT_RDWR)
+                    count += 1
+    return count
+
+
+End = tuple[str, str]
+"""(local, remote) of a connection, as the kernel writes them."""
+
+
+def _connections() -> dict[End, tuple[int, int, int]]:
+    """Every TCP connection of this network namespace: (state, bytes not acknowledged, bytes not read)."""
+    found: dict[End, tuple[int, int, int]] = {}
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            _, local, remote, state, queues, *_ = line.split()
+            sent, _, unread = queues.partition(":")
+            found[_plain(local), _plain(remote)] = (int(state, 16), int(sent, 16), int(unread, 16))
+    return found
+
+
+_MAPPED = "0000000000000000FFFF0000"
+
+
+def _plain(end: str) -> str:
+    """An IPv4 address reads the same in both tables."""
+    return end.removeprefix(_MAPPED)
+
+
+class Aftermath:
+    """Bytes that a dead process of this network namespace has sent to our port and that are not in memory yet.
+
+    They lie in the kernel, and the engine goes on placing them after the process has ended. A connection of ours holds
+    none once both its ends have been seen empty: what the dead one sent through it has then been copied, and whatever
+    comes later is another's. Connections made after the death are nobody's concern.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = f":{port:04X}"
+        self._waiting: set[End] | None = None
+
+    def settled(self) -> bool:
+        """True: every byte of the dead one that can land has landed. Never True again False."""
+        before = _connections()
+        ours = {end for end, (state, _, _) in before.items()
+                if end[0].endswith(self._port) and state not in (_LISTEN, _TIME_WAIT)}  # fmt: skip
+        self._waiting = ours if self._waiting is None else self._waiting & ours
+        if self._waiting:
+            # What has left the sender's queue is in ours: so the senders' queues are read first, and ours after.
+            after = _connections()
+            self._waiting = {
+                end for end in self._waiting
+                if before.get((end[1], end[0]), (0, 0, 0))[1] or after.get(end, (0, 0, 0))[2]
+            }  # fmt: skip
+        return not self._waiting

@@ -1,0 +1,431 @@
+"""The `mooncake` transport: the Mooncake Transfer Engine, over RDMA where the host has it, else over TCP.
+
+A post becomes submits of one entry each, at most `submit_bytes` long, `window` of them under way per peer, all from a
+thread of the transport's own (`_mooncake_poster`), each polled to its end. A peer is asked whether it is there before
+the engine is (`_mooncake_contact`).
+
+Fences. PEER_GONE: a pidfd says that a peer of this host has ended, and the kernel's tables that nothing of it is left
+on the way to our memory (the engine goes on placing what a dead process has sent). Across hosts there is no proof, and
+a peer is UNKNOWN for good. DRAIN is not declared: after a time-out bytes lie in the peer's kernel, for as long as it
+is stopped. RETIRE is not: a write whose header the engine has checked goes on into the memory although that is
+unregistered meanwhile. So a region stays registered when it is retired, others' writes into it end as they should, and
+a late one lands in memory that is still there; it is unregistered when no peer is left that was told of it.
+
+Whoever can connect to the engine's ports can read and write all registered memory: they listen on every interface and
+ask for no password. Use it in networks that you trust, as you would the engine itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import weakref
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+
+from tensorferry.backends import _mooncake_environment as environment
+from tensorferry.backends import _mooncake_wire as wire
+from tensorferry.backends import _process
+from tensorferry.backends._addresses import local_addresses
+from tensorferry.backends._copier import Batch
+from tensorferry.backends._descriptor import decode
+from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer, log
+from tensorferry.backends._mapping import check_available
+from tensorferry.backends._mooncake_contact import check_protocols
+from tensorferry.backends._mooncake_engine import Engine, load
+from tensorferry.backends._mooncake_environment import Unfit
+from tensorferry.backends._mooncake_poster import Limits, Poster, Target, cut
+from tensorferry.backends._mooncake_sockets import Aftermath
+from tensorferry.backends._shm_wire import this_host
+from tensorferry.core.errors import (
+    BadCall,
+    ConfigError,
+    OutOfBounds,
+    ProtocolViolation,
+    TransportError,
+    TransportUnavailable,
+    Unsupported,
+)
+from tensorferry.core.memory import Memory, host_memory
+from tensorferry.core.transport import (
+    Capabilities,
+    Copy,
+    Fence,
+    Options,
+    PeerState,
+    Probe,
+    Readiness,
+    Region,
+    RemoteRegion,
+)
+
+MIB = 1 << 20
+
+
+class MooncakeOptions(Options, frozen=True):
+    host: Annotated[
+        str,
+        msgspec.Meta(
+            max_length=255,
+            description="The address or name by which peers reach this host; auto: the best of its own addresses.",
+        ),
+    ] = "auto"
+    device: Annotated[
+        str,
+        msgspec.Meta(
+            description="RDMA devices to use, separated by commas; empty: all. Refused where RDMA is not used."
+        ),
+    ] = ""
+    require: Annotated[
+        str,
+        msgspec.Meta(
+            pattern="^(rdma)?$",
+            description="rdma: do not open unless the engine runs over RDMA; empty: take what there is.",
+        ),
+    ] = ""
+    contact_timeout: Annotated[
+        float,
+        msgspec.Meta(
+            gt=0, le=3600, description="Seconds that a peer has to answer before a post to it; then the post fails."
+        ),
+    ] = 5.0
+    progress_timeout: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=3600,
+            description="Seconds without progress until a write over TCP is given up (MC_TCP_PROGRESS_TIMEOUT_SEC).",
+        ),
+    ] = environment.DEFAULT_PROGRESS_S
+    transfer_timeout: Annotated[
+        int,
+        msgspec.Meta(
+            ge=5,
+            le=3600,
+            description="Seconds (and 1 more per GB) until the outcome of a write counts as unknown "
+            "(MC_TRANSFER_TIMEOUT); above progress_timeout.",
+        ),
+    ] = environment.DEFAULT_TRANSFER_S
+    submit_bytes: Annotated[
+        int,
+        msgspec.Meta(ge=4096, le=4 * MIB, description="Longest single submit, in bytes. 1 to 4 MiB are near the best."),
+    ] = 4 * MIB
+    window: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=128, description="Submits under way to one peer. The engine itself takes 1024."),
+    ] = 8
+    protocol: Annotated[
+        str,
+        msgspec.Meta(
+            description="Refused: the engine ignores it. RDMA is used where it works; see require, and MC_FORCE_TCP."
+        ),
+    ] = ""
+
+
+@dataclass(slots=True, eq=False)
+class MooncakePeer(HostPeer):
+    """An engine of another process, or of this one."""
+
+    target: Target = field(kw_only=True)
+    traceable: bool = field(kw_only=True)
+    """Its connections to us can be seen in the kernel's tables."""
+    addresses: dict[tuple[int, int], int] = field(default_factory=dict)
+    aftermath: Aftermath | None = None
+    gone: bool = False
+
+
+class MooncakeTransport(HostCopyTransport):
+    """Writes into memory that peers have registered with their engines. See the module's docstring."""
+
+    name = "mooncake"
+    options_type = MooncakeOptions
+    capabilities = Capabilities(
+        preferred_post_bytes=4 * MIB,
+        registers_sources=True,
+        cancellable=True,
+        notices_dead_peer=True,
+        fences=frozenset({Fence.PEER_GONE}),
+        wakes=True,
+    )
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Imports the engine and looks at the RDMA devices; starts no engine."""
+        try:
+            environment.prepare()
+            load()
+        except Unfit as unfit:
+            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
+        except Exception as error:  # noqa: BLE001 - whatever an engine's import raises is the answer
+            return Probe(Readiness.BROKEN, f"importing the Mooncake engine fails: {error!r}", environment.INSTALL)
+        ports = environment.rdma_ports()
+        cause, remedy = environment.why_not_rdma()
+        facts = {
+            "engine": environment.installed_version(),
+            "path": "tcp" if cause else "rdma",
+            "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",
+            "address": _own_address("auto"),
+            "listens": "on all interfaces, for anybody who can connect",
+            **{name: os.environ[name] for name in ("MC_FORCE_TCP", "MC_FORCE_HCA") if name in os.environ},
+        }
+        if cause:
+            return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts)
+        return Probe(Readiness.READY, "an active RDMA device is there", facts=facts)
+
+    def __init__(self, options: Options) -> None:
+        """Starts an engine: milliseconds, and two threads. Raises TransportUnavailable, ConfigError."""
+        super().__init__(options)
+        assert isinstance(self._options, MooncakeOptions)
+        chosen = self._options
+        if chosen.protocol:
+            raise ConfigError(
+                f"the Mooncake engine ignores the protocol that it is given ({chosen.protocol!r})",
+                hint='It uses RDMA where it can. Set require="rdma" to insist on that, or MC_FORCE_TCP=1 for TCP',
+                transport=self.name,
+            )
+        try:
+            environment.refuse_dangers()
+            self._refuse_in_vain(chosen)
+            _, transfer_s = environment.prepare(chosen.progress_timeout, chosen.transfer_timeout)
+            self._address = _own_address(chosen.host)
+            self._engine = Engine(self._address, chosen.device)
+        except Unfit as unfit:
+            raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
+        limits = Limits(chosen.submit_bytes, chosen.window, chosen.contact_timeout, transfer_s)
+        self._poster = Poster(self._engine, limits)
+        self._copier = self._poster  # it ends batches as the copier of the built-in transports does
+        weakref.finalize(self, self._poster.stop).atexit = False
+        _posters.add(self._poster)
+        self._submit_bytes = chosen.submit_bytes
+        self._instance = secrets.token_bytes(16)
+        self._host = this_host()
+        self._peers: dict[bytes, MooncakePeer] = {}
+        self._retired: dict[Memory, set[bytes]] = {}  # still registered, and whom that is for
+        try:
+            self._check_path(chosen)
+        except TransportUnavailable:
+            self.close()
+            raise
+
+    def _refuse_in_vain(self, chosen: MooncakeOptions) -> None:
+        """Before an engine is started: what is asked for cannot be had here."""
+        if chosen.require or chosen.device:
+            environment.check_installed()
+            cause, remedy = environment.why_not_rdma(chosen.device)
+            if cause:
+                what = f'require="{chosen.require}"' if chosen.require else f"device={chosen.device!r}"
+                raise Unfit(f"{what} cannot be had: {cause}, and the engine would use TCP", remedy)
+
+    def _check_path(self, chosen: MooncakeOptions) -> None:
+        """The engine's own word: what it has installed. Anything but "rdma" there fails what insists on RDMA."""
+        if (chosen.require or chosen.device) and self._engine.protocol != "rdma":
+            raise TransportUnavailable(
+                f"the engine runs over {self._engine.protocol}, although an RDMA device is active "
+                f"({', '.join(environment.rdma_ports())})",
+                hint="`ibv_devinfo` has to list the device: its user-space driver is in Debian's ibverbs-providers",
+                transport=self.name,
+            )
+
+    # ---- our memory --------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+        """Zeroed, page-aligned host memory whose pages are there. Any other host memory can be registered too."""
+        self._check_open()
+        if kind not in self.capabilities.memory_kinds:
+            raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
+        if nbytes <= 0:
+            raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
+        try:
+            check_available(nbytes)
+            return host_memory(nbytes)
+        except OSError as error:
+            raise TransportError(f"cannot allocate {nbytes} bytes: {error}", transport=self.name) from error
+
+    def _publish(self, region: Region) -> None:
+        if self._retired.pop(region.memory, None) is not None:
+            return  # the engine has it still
+        self._engine.register(region.memory)
+
+    def _withdraw(self, region: Region) -> None:
+        self._retired[region.memory] = set(self._peers)
+
+    def _let_go(self, instance: bytes) -> None:
+        """A peer is over: unregister what was kept for it alone. What no peer was told of is kept until the end."""
+        for memory, told in list(self._retired.items()):
+            if instance in told:
+                told.discard(instance)
+                if not told:
+                    del self._retired[memory]
+                    self._engine.unregister(memory)
+
+    def describe(self) -> bytes:
+        self._check_open()
+        live = self._live.values()
+        return wire.encode(
+            wire.Descriptor(
+                self.name,
+                wire.DESCRIPTOR_VERSION,
+                self._instance,
+                self._revision,
+                self._address,
+                self._engine.port,
+                self._engine.data_port,
+                self._engine.protocol,
+                self._host,
+                self._pid,
+                _process.start_time(self._pid) or 0,
+                [region.memory.address for region in live],
+                [(region.id, region.generation, region.memory.nbytes) for region in live],
+            )
+        )
+
+    # ---- peers -------------------------------------------------------------------------------------------
+
+    def connect(self, descriptor: bytes) -> MooncakePeer:
+        """Returns at once; the peer is asked whether it answers before the first write to it."""
+        self._check_open()
+        told = decode(descriptor, self.name, wire.DESCRIPTOR_VERSION, wire.Descriptor)
+        if len(told.addresses) != len(told.regions):
+            raise ProtocolViolation("a descriptor whose regions have no addresses", transport=self.name)
+        check_protocols(self._engine.protocol, told.protocol)
+        peer = self._peers.get(told.instance)
+        if peer is None:
+            ours, theirs = self._host, told.host
+            same = (ours.boot_id, ours.pids, ours.time) == (theirs.boot_id, theirs.pids, theirs.time)
+            watch = _process.watch_claimed(told.pid, told.started) if same else None
+            session = self._engine.session(told.address, told.port, told.instance)
+            peer = MooncakePeer(
+                self._home, told.instance, target=Target(told, session, watch),
+                traceable=told.protocol != "tcp" or ours.network == theirs.network,
+            )  # fmt: skip
+            self._peers[told.instance] = peer
+        if peer.learn(told.revision, told.regions):
+            keys = ((number, generation) for number, generation, _ in told.regions)
+            peer.addresses = dict(zip(keys, told.addresses, strict=True))
+        return peer
+
+    def disconnect(self, peer: Any) -> None:
+        self._check_process()
+        self._check_peer(peer)
+        if peer.connected:
+            peer.connected = False
+            self._peers.pop(peer.instance, None)
+            if not self._closed:
+                self._let_go(peer.instance)
+
+    def peer_state(self, peer: Any) -> PeerState:
+        """GONE: the peer's process has ended and nothing that it sent is still to land here. UNKNOWN for peers of other
+        hosts, always."""
+        self._check_process()
+        self._check_peer(peer)
+        if peer.gone:
+            return PeerState.GONE
+        watch = peer.target.watch
+        if watch is None:
+            return PeerState.UNKNOWN
+        if not watch.ended():
+            return PeerState.ALIVE
+        if not peer.traceable:
+            return PeerState.UNKNOWN
+        if self._engine.protocol == "tcp" and not self._closed:
+            if peer.aftermath is None:
+                peer.aftermath = Aftermath(self._engine.data_port)
+            if not peer.aftermath.settled():
+                return PeerState.UNKNOWN
+        peer.gone = True
+        if not self._closed:
+            self._let_go(peer.instance)
+        return PeerState.GONE
+
+    def path(self, peer: Any = None) -> str:
+        """What the engine has installed, by its own word. Two engines that differ are refused at `connect`."""
+        if peer is not None:
+            self._check_peer(peer)
+        return self._engine.protocol
+
+    # ---- writing -----------------------------------------------------------------------------------------
+
+    def _source(self, copy: Copy) -> Memory:
+        if not isinstance(copy.local, Region) and copy.local.kind in self.capabilities.memory_kinds:
+            raise Unsupported(
+                "the local side of a copy has to lie in a registered region",
+                hint="Over TCP the engine would take any memory, over RDMA it fails",
+                transport=self.name,
+            )
+        return super()._source(copy)
+
+    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, int]:
+        assert isinstance(peer, MooncakePeer)
+        if peer.target.ended():
+            raise TransportError("the peer's process has ended", transport=self.name)
+        key = (remote.id, remote.generation)
+        nbytes = peer.regions.get(key)
+        if nbytes is None:
+            raise OutOfBounds(
+                f"the peer has no live region {remote.id} of generation {remote.generation}", transport=self.name
+            )
+        return nbytes, peer.addresses[key]
+
+    def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[Any, int, int, int]]) -> None:
+        assert isinstance(peer, MooncakePeer)
+        segments = [
+            (local, base, source, base + offset, nbytes)
+            for local, (base, offset, source, nbytes) in zip(batch.keep, plan, strict=True)
+        ]
+        self._poster.write(peer.target, batch, cut(segments, self._submit_bytes))
+
+    def drained(self, handle: int) -> bool:
+        return self._poster.drained(self._batch(handle))
+
+    def release(self, handle: int) -> None:
+        batch = self._batch(handle)
+        if not self._poster.drained(batch):
+            raise BadCall(f"handle {handle} is not drained", transport=self.name)
+        self._poster.forget(batch)
+        del self._batches[handle]
+
+    def cancel(self, handle: int) -> None:
+        """What is not submitted yet never will be; what is, ends as it does."""
+        super().cancel(handle)
+        self._poster.nudge()
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def _close_copier(self) -> bool:
+        """The poster has given every handle its end, UNKNOWN ones too: the base class has none to give."""
+        if not self._poster.close(CLOSE_TIMEOUT_S):
+            log.error("mooncake: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
+            for batch in self._batches.values():
+                self._poster.give_up_on(batch)
+        return False
+
+    def _close(self, drained: bool) -> None:
+        self._peers.clear()
+        self._retired.clear()
+
+
+def _own_address(host: str) -> str:
+    """The address that goes into our descriptor. Raises Unfit for one that the engine cannot use."""
+    ipv6 = bool(os.environ.get("MC_USE_IPV6"))
+    if host != "auto":
+        if ":" in host and not ipv6:
+            raise Unfit(f"host={host}: the engine listens on IPv4", "Give an IPv4 address, or set MC_USE_IPV6=1")
+        return host
+    usable = [address for address in local_addresses() if (":" in address) == ipv6]
+    return usable[0] if usable else ("::1" if ipv6 else "127.0.0.1")
+
+
+_posters: weakref.WeakSet[Poster] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """At exit: no thread may be inside the engine when the interpreter goes, it would abort the process."""
+    for poster in list(_posters):
+        if not poster.close(CLOSE_TIMEOUT_S):
+            log.error("mooncake: the engine did not end within %g s of the exit", CLOSE_TIMEOUT_S)
+
+
+atexit.register(_end_all)
