@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tensorferry._version import __version__
-from tensorferry.commands import config, demo, transports
+from tensorferry.commands import config, demo, receive, send, transports
 from tensorferry.commands.flags import common
 from tensorferry.commands.output import Exit, Output, exit_for
 from tensorferry.core.errors import Cancelled, FerryError, InternalError
 
-COMMANDS = (demo, transports, config)
+COMMANDS = (demo, send, receive, transports, config)
 
 _EPILOG = """\
 examples:
   tensorferry demo                          move a real embedding that is larger than the pool
   tensorferry demo --synthetic --rooms 4    four at once, of random numbers
+  tensorferry send clip.safetensors --room 17   to another shell or host; prints the command to paste there
   tensorferry transports --why              what can move bytes here, and why not the others
   tensorferry config show --origin          every setting, and where its value comes from
 

@@ -1,0 +1,170 @@
+"""The embedding side of `tensorferry send`: one room, offered again and again until enough receivers have it.
+
+What a receiver does wrong, or what happens to it, ends its own transfer and nothing else. Two rooms are on offer at
+any time: the rows, and the receipt, by which a receiver says that its file is written.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tensorferry.backends._addresses import local_addresses
+from tensorferry.commands.carry_view import View, in_bytes
+from tensorferry.commands.carrying import RECEIPTS, Note
+from tensorferry.commands.table import told
+from tensorferry.commands.token_file import TokenFile
+from tensorferry.core.errors import DeadlineExceeded, Fault, FerryError
+from tensorferry.core.settings import Settings
+
+if TYPE_CHECKING:
+    from tensorferry import Sender, SendTransfer
+
+TICK_SECONDS = 0.01
+
+MAX_FAILURES_KEPT = 100
+"""Failed deliveries that the report lists; a sender without --count may run for weeks."""
+
+
+class Serving:
+    """One run of `tensorferry send`, and what is known of it so far."""
+
+    def __init__(self, file: TokenFile, room: int, count: int, *, receipts: bool) -> None:
+        self.file = file
+        self.room = room
+        self.count = count
+        self.address = ""
+        self.addresses: list[str] = []
+        """Where receivers can find it, best first."""
+        self.only_here = False
+        self.command = ""
+        self.transport: str | None = None
+        self.deliveries: deque[dict[str, Any]] = deque(maxlen=None if count else MAX_FAILURES_KEPT)
+        self.failures: deque[FerryError] = deque(maxlen=MAX_FAILURES_KEPT)
+        self.served = 0
+        self._receipts = receipts
+        self._arrived: list[float] = []  # seconds of each transfer whose receipt is out
+        self._offer: SendTransfer | None = None
+        self._receipt: SendTransfer | None = None
+        self._began = 0.0  # when a receiver was first seen at this offer
+
+    def run(
+        self,
+        settings: Settings,
+        view: View,
+        *,
+        bind: str,
+        options: Mapping[str, str],
+        timeout: float | None,
+        announce: Callable[[Serving], None],
+    ) -> None:
+        """Until `count` receivers are served. Raises DeadlineExceeded after `timeout` seconds, unless any number will
+        do; BadFile where the file changes; and whatever keeps the endpoint from being opened."""
+        import tensorferry as tf
+
+        self.transport = settings.transport
+        given = settings.as_dict()
+        with tf.Sender(self.file.table.layout, bind=bind, options=options, **given) as sender:
+            self.address = sender.address
+            self.addresses, self.only_here = _reachable(sender.address)
+            announce(self)
+            last = None if timeout is None else time.monotonic() + timeout
+            while not self.count or self.served < self.count:
+                self._keep_on_offer(sender)
+                if last is not None and time.monotonic() > last:
+                    if not self.count:
+                        return
+                    raise DeadlineExceeded(
+                        f"served {self.served} of {self.count} receivers within --timeout ({timeout:g} s)",
+                        room=self.room,
+                        hint="Was the printed command run? Failed deliveries do not count",
+                    )
+                sender.poll()
+                time.sleep(TICK_SECONDS)
+                self._look(view)
+
+    def _keep_on_offer(self, sender: Sender) -> None:
+        file = self.file
+        if self._offer is None:
+            file.check_unchanged()
+            note = Note(file.digest, RECEIPTS | self.room if self._receipts else 0)
+            self._offer = sender.send(self.room, content_id=file.digest, aux=note.words(), **file.components)
+            self._began = 0.0
+        if self._receipts and self._receipt is None:
+            self._receipt = sender.announce(RECEIPTS | self.room, 0, content_id=file.digest)
+
+    def _look(self, view: View) -> None:
+        offer, receipt = self._offer, self._receipt
+        if offer is not None:
+            if offer.status != "BOOTSTRAPPING" and not self._began:
+                self._began = time.monotonic()
+            if offer.done:
+                self._offer = None
+                self._ended(offer, view)
+            elif self._began:
+                view.wait(f"a receiver has opened room {self.room}")
+            elif self._arrived:
+                view.wait("the rows have arrived; the receiver writes its file")
+            else:
+                view.wait(f"room {self.room} is open at {self.address}, waiting for a receiver")
+        if receipt is not None and receipt.done:
+            self._receipt = None
+            if receipt.error is None:
+                self._count(view)
+
+    def _ended(self, offer: SendTransfer, view: View) -> None:
+        if offer.error is None:
+            self._arrived.append(max(time.monotonic() - self._began, 1e-9))
+            if not self._receipts:
+                self._count(view)
+            return
+        if offer.error.fault is Fault.OURS:
+            raise offer.error
+        if offer.error.code == "deadline" and not self._began:
+            return  # nobody came within transfer_deadline: the next offer has another one
+        self.failures.append(offer.error)
+        view.line(f"not delivered: {offer.error.cause} ({offer.error.code}); the room stays open")
+
+    def _count(self, view: View) -> None:
+        # A receiver that was killed gives no receipt, so the one that does is the last whose rows arrived.
+        spent = self._arrived[-1] if self._arrived else 0.0
+        self._arrived.clear()
+        self.served += 1
+        rate = self.file.nbytes / spent if spent else 0.0
+        self.deliveries.append({"seconds": spent, "goodput_bytes_per_s": rate, "receipt": self._receipts})
+        written = "written and verified" if self._receipts else "arrived"
+        of = f" of {self.count}" if self.count else ""
+        view.line(f"receiver {self.served}{of}: {written}, {in_bytes(self.file.nbytes)} in {spent:.3f} s")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "address": self.address or None,
+            "command": self.command or None,
+            "transport": self.transport,
+            "total_tokens": self.file.tokens,
+            "bytes": self.file.nbytes,
+            "digest": told(self.file.digest),
+            "deliveries": list(self.deliveries),
+            "failed_deliveries": [error.as_dict() for error in self.failures],
+        }
+
+
+def _reachable(address: str) -> tuple[list[str], bool]:
+    """Where others can dial a bound address, best first, and whether only this host can."""
+    match = re.fullmatch(r"tcp://\[?([^\]]+)\]?:(\d+)", address)
+    if match is None:
+        return [address], True  # ipc and its like
+    try:
+        bound = ipaddress.ip_address(match[1])
+    except ValueError:
+        return [address], False
+    if not bound.is_unspecified:
+        return [address], bound.is_loopback
+    found = [host for host in local_addresses() if bound.version == 6 or ":" not in host]
+    hosts = found or ["::1" if bound.version == 6 else "127.0.0.1"]
+    return [f"tcp://[{host}]:{match[2]}" if ":" in host else f"tcp://{host}:{match[2]}" for host in hosts], not found
