@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tensorferry.core.buffers import Result
     from tensorferry.core.receiving import Receiver
+    from tensorferry.core.selection import Verdict
     from tensorferry.core.sending import Sender
 
 
@@ -32,6 +33,10 @@ class Transfer:
         """BOOTSTRAPPING, WAITING_FOR_INPUT, TRANSFERRING, SUCCESS or FAILED. The last two are final."""
         self.error: FerryError | None = None
         """Why it failed; None otherwise."""
+        self.transport = ""
+        """The name of the transport that carries the rows; empty until the two sides have agreed on one."""
+        self.verdicts: tuple[Verdict, ...] = ()
+        """Every transport of either side, best first, each with the reason for its place or for not being used."""
         self._changed = threading.Condition()
         self._waiters: list[Callable[[], None]] = []
 

@@ -175,7 +175,16 @@ class Receiver(Endpoint):
     def _on_message(self, route: str, message: m.Message, now: float) -> None:
         if route in self.machine.peers:
             self._heard[route] = now
+        if isinstance(message, m.Announce):
+            self._show_way(route, message)
         self._do(self.machine.on_message(route, message))
+
+    def _show_way(self, route: str, announced: m.Announce) -> None:
+        t, transfer = self.machine.transfers.get(announced.xfer), self._transfers.get(announced.xfer)
+        if t is not None and transfer is not None and (t.route, t.sender) == (route, announced.src):
+            transfer.transport = announced.via
+            if announced.src in self._known:
+                transfer.verdicts = tuple(self._known[announced.src].reach.verdicts)
 
     def _carry_out(self, effect: fx.Effect) -> None:
         match effect:
@@ -198,7 +207,10 @@ class Receiver(Endpoint):
         error: FerryError | None = None
         try:
             before = self._known.get(hello.src)
-            self._known[hello.src] = Known(route, self.carriers.reach(hello, route, before.reach if before else None))
+            reach = self.carriers.reach(hello, route, before.reach if before else None)
+            self._known[hello.src] = Known(route, reach)
+            if before is None:
+                log.info("sender %s can reach us by %s", route, "; ".join(map(str, reach.verdicts)))
         except FerryError as problem:
             log.warning("sender %s cannot be used: %s", route, problem)
             error = problem

@@ -43,6 +43,9 @@ class Verdict:
     viable: bool
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.viable else f"not {self.name} ({self.reason})"
+
 
 def preference(name: str, path: str) -> tuple[int, int, str]:
     """Sort key: the smaller, the better."""

@@ -197,7 +197,16 @@ class Sender(Endpoint):
                 live = self._transfers.get(serial)
                 if slot is not None and slot.offer is not None and live is not None:
                     live.status = slot.offer.status
+                    self._show_way(live, slot)
                     self._publish(live)
+
+    def _show_way(self, transfer: SendTransfer, slot: Slot) -> None:
+        for binding in slot.bindings.values():
+            target = self._poster.targets.get(binding.receiver)
+            if target is not None:
+                transfer.transport = target.reach.lane.transport.name
+                transfer.verdicts = tuple(target.reach.verdicts)
+                return
 
     def _publish(self, transfer: SendTransfer) -> None:
         self._changed[transfer] = None
@@ -216,6 +225,8 @@ class Sender(Endpoint):
             reach = self.carriers.reach(hello, hello.name, before.reach if before else None)
             self._poster.targets[hello.src] = Target(reach, geometry, generations)
             via = reach.lane.transport.name
+            if before is None:
+                log.info("receiver %s is reached by %s", hello.name, "; ".join(map(str, reach.verdicts)))
         except FerryError as problem:
             log.warning("receiver %s cannot be used: %s", hello.name, problem)
             self.machine.refused = str(problem)

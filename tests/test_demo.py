@@ -80,7 +80,7 @@ def test_the_schema_refuses_what_the_contract_does(spoilt):
     report = Report(plan())
     report.ready("", [{"aux": 1}])
     rounds = [{"round": 0, "start": 0, "tokens": 300, "blocks": 3}]
-    arrived = {"room": 0, "rank": 0, "total_tokens": 300, "rounds": rounds, "sent_tokens": [300]}
+    arrived = {"room": 0, "rank": 0, "total_tokens": 300, "rounds": rounds, "sent_tokens": [300], "transport": "shm"}
     report.room({**arrived, "digests": {"aux": 1}})
     report.done(None, {"free_blocks": 64})
     report.done(0, {"free_blocks": 64, "started": 1.0, "ended": 2.0})
@@ -203,7 +203,7 @@ def test_without_the_demo_extra_the_error_names_what_to_install(monkeypatch, cap
 def test_rows_that_arrive_changed_fail_the_demo():
     report = Report(plan(rooms=2))
     report.ready("", [{"input_embeds": "aa"}, {"input_embeds": "bb"}])
-    arrived = {"rank": 0, "total_tokens": 300, "rounds": [], "sent_tokens": []}
+    arrived = {"rank": 0, "total_tokens": 300, "rounds": [], "sent_tokens": [], "transport": "shm"}
     report.room({"room": 0, **arrived, "digests": {"input_embeds": "aa"}})
     report.room({"room": 1, **arrived, "digests": {"input_embeds": "aa"}})
     error = report.mismatch()
@@ -218,7 +218,9 @@ def test_rows_that_arrive_changed_fail_the_demo():
 def test_a_room_that_never_arrived_is_not_verified():
     report = Report(plan(rooms=2))
     report.ready("", [{}, {}])
-    report.room({"room": 0, "rank": 0, "total_tokens": 0, "rounds": [], "sent_tokens": [], "digests": {}})
+    report.room(
+        {"room": 0, "rank": 0, "total_tokens": 0, "rounds": [], "sent_tokens": [], "digests": {}, "transport": "shm"}
+    )
     assert report.finish(None)["verified"] is False
 
 

@@ -18,6 +18,7 @@ class Report(View):
         self._digests: list[dict[str, Any]] = []
         self._rooms: dict[tuple[int, int], dict[str, Any]] = {}
         self._free: dict[str, int] = {}
+        self._transport = plan.settings["transport"]
         self._times: list[tuple[float, float]] = []
 
     def ready(self, address: str, digests: list[dict[str, Any]]) -> None:
@@ -32,6 +33,8 @@ class Report(View):
         entry = self._room(event["room"], event["rank"])
         for name in ("total_tokens", "rounds", "sent_tokens"):
             entry[name] = event[name]
+        if (event["room"], event["rank"]) == (0, 0) and event["transport"]:
+            self._transport = event["transport"]
         entry["verified"] = event["digests"] == self._digests[event["room"]]
 
     def done(self, rank: int | None, event: dict[str, Any]) -> None:
@@ -77,7 +80,7 @@ class Report(View):
         )
         made: dict[str, Any] = {
             "status": "failed" if error else "ok",
-            "transport": plan.settings["transport"],
+            "transport": self._transport,
             "source": plan.source,
             "hidden_size": plan.hidden_size,
             "dtype": plan.dtype,

@@ -107,7 +107,8 @@ def language_side(plan: Plan, rank: int, line: Line, stack: ExitStack) -> None:
             fresh = list((Counter(transfer.rounds) - told[k]).elements())
             for round_, sent in zip(fresh, transfer.history[told[k].total() :], strict=False):
                 told[k][round_] += 1
-                line.tell("round", room=k, rank=rank, sent_tokens=sent, **_round(round_))
+                about = {"sent_tokens": sent, "transport": transfer.transport}
+                line.tell("round", room=k, rank=rank, **about, **_round(round_))
             if complete:
                 ended = time.monotonic()
                 line.tell("room", room=k, rank=rank, **_arrived(transfer))
@@ -123,6 +124,7 @@ def _arrived(transfer: ReceiveTransfer) -> dict[str, Any]:
     """What a finished transfer has brought. Raises the transfer's error. The rows are let go once they are hashed."""
     result = transfer.result()
     return {
+        "transport": transfer.transport,
         "total_tokens": transfer.total_tokens or 0,
         "rounds": [_round(round_) for round_ in transfer.rounds],
         "sent_tokens": list(transfer.history),

@@ -80,6 +80,7 @@ class Lines(View):
             f"first grant: {settings['first_grant']} tokens, {settings['first_grant_mode']}; "
             f"window: {settings['window']}; transport: {settings['transport']}"
         )
+        self._named = settings["transport"] != "auto"
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -94,6 +95,9 @@ class Lines(View):
 
     def round(self, event: dict[str, Any]) -> None:
         first, tokens = event["start"], event["tokens"]
+        if not self._named:
+            self._named = True
+            self.line(f"the two sides have agreed on transport {event['transport']}")
         self.line(
             f"{self._where(event)}round {event['round']}: tokens {first} to {first + tokens - 1} ({tokens}) in "
             f"{event['blocks']} {'block' if event['blocks'] == 1 else 'blocks'}; "
