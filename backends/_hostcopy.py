@@ -1,7 +1,8 @@
-"""What the two built-in transports share: local regions, the check of every copy, handles, and an orderly end.
+"""What the built-in transports share: local regions, the check of every copy, handles, and an orderly end.
 
-Both copy host memory with a thread of their own (`_copier`); they differ in how a peer's region becomes
-an address, which is `_target`, and in what a descriptor says.
+`HostTransport` is what holds for host memory however its bytes travel. `HostCopyTransport` is for those that copy
+with a thread of their own (`_copier`); they differ in how a peer's region becomes an address, which is
+`_target`, and in what a descriptor says.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from tensorferry.backends._copier import Batch, Copier
 from tensorferry.backends._descriptor import MAX_REGIONS
+from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping, check_available
 from tensorferry.core.errors import BadCall, OutOfBounds, TransportError, Unsupported
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Status, Transport
@@ -28,6 +30,22 @@ MAX_HANDLES = 65_536
 
 CLOSE_TIMEOUT_S = 5.0
 """How long `close` waits for the chunk that is being copied. One chunk takes about a millisecond."""
+
+
+Plan = list[tuple[Any, int, int, int]]
+"""Copies that were checked: (the subclass's token for the remote region, offset in it, source address, bytes)."""
+
+
+class Job(Protocol):
+    """One post, as its handle knows it."""
+
+    cancelled: bool
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def drained(self) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -51,8 +69,11 @@ class HostPeer:
         return True
 
 
-class HostCopyTransport(Transport):
-    """Base of the transports that move bytes with the processor. Not a transport by itself."""
+J = TypeVar("J", bound=Job)
+
+
+class HostTransport(Transport, Generic[J]):
+    """Base of the transports between host memory and host memory. Not a transport by itself."""
 
     def __init__(self, options: Options) -> None:
         if not isinstance(options, self.options_type):
@@ -64,12 +85,8 @@ class HostCopyTransport(Transport):
         self._live: dict[int, Region] = {}
         self._generation = 0
         self._revision = 0
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, J] = {}
         self._handles = itertools.count(1)
-        self._copier = Copier(f"tensorferry-{self.name}-copier")
-        # A transport that is dropped without close() must not leave its thread waiting for ever. The thread
-        # knows the copier and not the transport, so dropping the transport is noticed.
-        weakref.finalize(self, self._copier.stop).atexit = False
 
     # ---- what differs ------------------------------------------------------------------------------------
 
@@ -78,10 +95,35 @@ class HostCopyTransport(Transport):
         """(bytes of the region, token for `_start`); raises OutOfBounds for a region that is not live."""
 
     @abstractmethod
-    def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[object, int, int, int]]) -> None:
-        """Turn (token, remote offset, source address, bytes) into addresses and submit the batch, now or later."""
+    def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> J:
+        """Start writing, now or later. `keep`: what has to live until nothing reads the sources any more."""
+
+    def _publish(self, region: Region) -> None:
+        """Make a new region reachable for peers. May refuse it by raising."""
+
+    def _withdraw(self, region: Region) -> None:
+        """Take a region back: whoever asks for it from now on is refused."""
 
     # ---- memory ------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+        """Zeroed, page-aligned memory of this process whose pages are there already."""
+        self._check_open()
+        self._check_wish(nbytes, kind)
+        try:
+            check_available(nbytes)
+            mapping = Mapping(nbytes)
+            mapping.advise(MADV_HUGEPAGE)
+            mapping.populate()
+        except OSError as error:
+            raise TransportError(str(error), transport=self.name) from error
+        return Memory(mapping.address, nbytes, kind, mapping)
+
+    def _check_wish(self, nbytes: int, kind: str) -> None:
+        if kind not in self.capabilities.memory_kinds:
+            raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
+        if nbytes <= 0:
+            raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
 
     def register(self, memory: Memory) -> Region:
         self._check_open()
@@ -117,15 +159,6 @@ class HostCopyTransport(Transport):
         self._revision += 1
         self._withdraw(live)
 
-    def path(self, peer: Any = None) -> str:
-        return "memcpy"
-
-    def _publish(self, region: Region) -> None:
-        """Make a new region reachable for peers. May refuse it by raising."""
-
-    def _withdraw(self, region: Region) -> None:
-        """Take a region back: whoever asks for it from now on is refused."""
-
     # ---- writing -----------------------------------------------------------------------------------------
 
     def post(self, peer: Any, copies: Sequence[Copy]) -> int:
@@ -144,7 +177,7 @@ class HostCopyTransport(Transport):
             raise TransportError(
                 f"{MAX_HANDLES} handles are in use", hint="Release drained handles", transport=self.name
             )
-        plan: list[tuple[object, int, int, int]] = []
+        plan: Plan = []
         keep: list[object] = []
         for copy in copies:  # all of them, before the first byte moves
             source = self._source(copy)
@@ -157,9 +190,8 @@ class HostCopyTransport(Transport):
                 )
             plan.append((token, int(copy.remote_offset), int(source.address + copy.local_offset), int(copy.nbytes)))
             keep.append(source)
-        batch = Batch((), keep)
+        batch = self._begin(peer, plan, keep)
         handle = next(self._handles)
-        self._start(peer, batch, plan)
         self._batches[handle] = batch
         return handle
 
@@ -191,6 +223,55 @@ class HostCopyTransport(Transport):
 
     def cancel(self, handle: int) -> None:
         self._batch(handle).cancelled = True
+
+    # ---- checks ------------------------------------------------------------------------------------------
+
+    def _batch(self, handle: int) -> J:
+        self._check_process()
+        batch = self._batches.get(handle)
+        if batch is None:
+            raise BadCall(f"handle {handle!r} is unknown or released", transport=self.name)
+        return batch
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise BadCall(
+                f"this {self.name} transport belongs to process {self._pid}, of which this one is a forked copy",
+                hint="Open a transport of its own in each process",
+                transport=self.name,
+            )
+
+    def _check_open(self) -> None:
+        self._check_process()
+        if self._closed:
+            raise BadCall("the transport is closed", transport=self.name)
+
+    def _check_peer(self, peer: Any) -> None:
+        if not isinstance(peer, HostPeer) or peer.home is not self._home:
+            raise BadCall(f"a {type(peer).__name__} is not a peer of this transport", transport=self.name)
+
+
+class HostCopyTransport(HostTransport[Batch]):
+    """Base of the transports that move bytes with the processor. Not a transport by itself."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._copier = Copier(f"tensorferry-{self.name}-copier")
+        # A transport that is dropped without close() must not leave its thread waiting for ever. The thread
+        # knows the copier and not the transport, so dropping the transport is noticed.
+        weakref.finalize(self, self._copier.stop).atexit = False
+
+    @abstractmethod
+    def _start(self, peer: HostPeer, batch: Batch, plan: Plan) -> None:
+        """Turn (token, remote offset, source address, bytes) into addresses and submit the batch, now or later."""
+
+    def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Batch:
+        batch = Batch((), keep)
+        self._start(peer, batch, plan)
+        return batch
+
+    def path(self, peer: Any = None) -> str:
+        return "memcpy"
 
     def on_progress(self, wake: Callable[[], None]) -> None:
         self._check_open()
@@ -229,29 +310,3 @@ class HostCopyTransport(Transport):
     @abstractmethod
     def _close(self, drained: bool) -> None:
         """Release what the subclass holds. `drained`: nothing that this transport posted can land any more."""
-
-    # ---- checks ------------------------------------------------------------------------------------------
-
-    def _batch(self, handle: int) -> Batch:
-        self._check_process()
-        batch = self._batches.get(handle)
-        if batch is None:
-            raise BadCall(f"handle {handle!r} is unknown or released", transport=self.name)
-        return batch
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise BadCall(
-                f"this {self.name} transport belongs to process {self._pid}, of which this one is a forked copy",
-                hint="Open a transport of its own in each process",
-                transport=self.name,
-            )
-
-    def _check_open(self) -> None:
-        self._check_process()
-        if self._closed:
-            raise BadCall("the transport is closed", transport=self.name)
-
-    def _check_peer(self, peer: Any) -> None:
-        if not isinstance(peer, HostPeer) or peer.home is not self._home:
-            raise BadCall(f"a {type(peer).__name__} is not a peer of this transport", transport=self.name)

@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 
 from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
-from tensorferry.backends._shm_wire import Host
+from tensorferry.backends._host import Host
 from tensorferry.core.errors import PeerUnreachable
 
 DESCRIPTOR_VERSION = 1

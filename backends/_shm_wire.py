@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
+from tensorferry.backends._host import Host
 
 DESCRIPTOR_VERSION = 1
 SOCKET_VERSION = 1
@@ -24,19 +25,6 @@ MAX_ASKED = 16
 
 Key = tuple[int, int]
 """(id, generation) of a region."""
-
-
-class Host(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """Which kernel, and which of its namespaces: what makes "the same host" provable.
-
-    `boot_id` is drawn by the kernel at boot. Abstract sockets belong to a network namespace; a pid and a
-    start time mean the same to two processes only in the same pid and time namespace.
-    """
-
-    boot_id: Annotated[str, msgspec.Meta(max_length=64)]
-    network: Natural
-    pids: Natural
-    time: Natural
 
 
 class Descriptor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -96,17 +84,6 @@ Answer = Welcome | Give | Refuse | Closed
 encode = msgspec.msgpack.Encoder().encode
 decode_ask = msgspec.msgpack.Decoder(Ask).decode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
-
-
-def this_host() -> Host:
-    """Raises OSError where /proc does not say."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot_id = file.read().strip()
-    try:
-        time = os.stat("/proc/self/ns/time").st_ino
-    except FileNotFoundError:  # before Linux 5.6 there is one time for all
-        time = 0
-    return Host(boot_id, os.stat("/proc/self/ns/net").st_ino, os.stat("/proc/self/ns/pid").st_ino, time)
 
 
 def new_socket() -> socket.socket:

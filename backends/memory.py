@@ -22,14 +22,11 @@ import msgspec
 from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import Natural, Token, decode
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer
-from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping, check_available
 from tensorferry.core.errors import (
-    BadCall,
     OutOfBounds,
     PeerUnreachable,
     TransportError,
     TransportMismatch,
-    Unsupported,
 )
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import (
@@ -155,22 +152,6 @@ class MemoryTransport(HostCopyTransport):
         self._peers: dict[bytes, MemoryPeer] = {}
         with _lock:
             _instances[self._me.id] = self._me
-
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        """Zeroed, page-aligned memory whose pages are there already."""
-        self._check_open()
-        if kind not in self.capabilities.memory_kinds:
-            raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
-        if nbytes <= 0:
-            raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
-        try:
-            check_available(nbytes)
-            mapping = Mapping(nbytes)
-            mapping.advise(MADV_HUGEPAGE)
-            mapping.populate()
-        except OSError as error:
-            raise TransportError(str(error), transport=self.name) from error
-        return Memory(mapping.address, nbytes, kind, mapping)
 
     def _publish(self, region: Region) -> None:
         self._me.regions[region.id, region.generation] = region

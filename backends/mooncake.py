@@ -32,6 +32,7 @@ from tensorferry.backends import _process
 from tensorferry.backends._addresses import local_addresses
 from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import decode
+from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer, log
 from tensorferry.backends._mapping import check_available
 from tensorferry.backends._mooncake_contact import check_protocols
@@ -39,7 +40,6 @@ from tensorferry.backends._mooncake_engine import Engine, load
 from tensorferry.backends._mooncake_environment import Unfit
 from tensorferry.backends._mooncake_poster import Limits, Poster, Target, cut
 from tensorferry.backends._mooncake_sockets import Aftermath
-from tensorferry.backends._shm_wire import this_host
 from tensorferry.core.errors import (
     BadCall,
     ConfigError,

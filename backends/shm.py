@@ -27,12 +27,12 @@ from tensorferry.backends import _process
 from tensorferry.backends import _shm_wire as wire
 from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import decode
+from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import HostCopyTransport, HostPeer
 from tensorferry.backends._mapping import Mapping, check_available
 from tensorferry.backends._shm_courier import Courier
 from tensorferry.backends._shm_link import Link
 from tensorferry.core.errors import (
-    BadCall,
     OutOfBounds,
     TransportError,
     TransportMismatch,
@@ -129,7 +129,7 @@ class ShmTransport(HostCopyTransport):
     def probe(cls) -> Probe:
         """Makes a memfd and a socket of the kinds that are needed, and looks for pidfd."""
         try:
-            host = wire.this_host()
+            host = this_host()
             slab = _Slab(4096, prefault=True)
             slab.close_fd()
             with wire.new_socket() as listener:
@@ -160,7 +160,7 @@ class ShmTransport(HostCopyTransport):
         self._slabs: weakref.WeakSet[_Slab] = weakref.WeakSet()
         self._peers: dict[bytes, ShmPeer] = {}
         try:
-            self._host = wire.this_host()
+            self._host = this_host()
             self._courier = Courier(self._instance, self._copier, self._prefault)
         except OSError as error:
             raise TransportUnavailable(f"shared memory: {error}", transport=self.name) from error
@@ -171,10 +171,7 @@ class ShmTransport(HostCopyTransport):
     def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
         """Zeroed, page-aligned, shareable memory. With `prefault` this takes about 0.4 s a GB."""
         self._check_open()
-        if kind not in self.capabilities.memory_kinds:
-            raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
-        if nbytes <= 0:
-            raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
+        self._check_wish(nbytes, kind)
         try:
             slab = _Slab(nbytes, self._prefault)
         except OSError as error:
@@ -229,8 +226,7 @@ class ShmTransport(HostCopyTransport):
         self._check_reachable(told)
         peer = self._peers.get(told.instance)
         if peer is None:
-            same_pids = (told.host.pids, told.host.time) == (self._host.pids, self._host.time)
-            watch = _process.watch_claimed(told.pid, told.started) if same_pids else None
+            watch = _process.watch_claimed(told.pid, told.started) if told.host.shares_pids(self._host) else None
             link = Link(self._courier, told, watch, self._patience_s)
             self._courier.add(link)
             peer = self._peers[told.instance] = ShmPeer(self._home, told.instance, link=link)
