@@ -27,7 +27,12 @@ class Contact:
         self._done = done
         self._abandoned = False
         self._socket: socket.socket | None = None
-        threading.Thread(target=self._run, name="tensorferry-mooncake-contact", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="tensorferry-mooncake-contact", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end of its thread: right after `over`, or for a second of one that was abandoned."""
+        self._thread.join(1.0)
 
     def abandon(self) -> None:
         """End the attempt soon; nothing is told any more."""
@@ -36,6 +41,7 @@ class Contact:
         if waiting is not None:
             with contextlib.suppress(OSError):
                 waiting.shutdown(socket.SHUT_RDWR)
+        self.join()
 
     def _hold(self, connection: socket.socket) -> None:
         self._socket = connection

@@ -20,28 +20,27 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import msgspec
+from typing import Any
 
 from tensorferry.backends import _mooncake_environment as environment
 from tensorferry.backends import _mooncake_wire as wire
 from tensorferry.backends import _process
 from tensorferry.backends._addresses import local_addresses
-from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._host import this_host
-from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostCopyTransport, HostPeer, log
-from tensorferry.backends._mapping import check_available
+from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan, log
 from tensorferry.backends._mooncake_contact import check_protocols
 from tensorferry.backends._mooncake_engine import Engine, load
 from tensorferry.backends._mooncake_environment import Unfit
-from tensorferry.backends._mooncake_poster import Limits, Poster, Target, cut
+from tensorferry.backends._mooncake_jobs import Job, Target, cut
+from tensorferry.backends._mooncake_options import MooncakeOptions
+from tensorferry.backends._mooncake_poster import Limits, Poster
 from tensorferry.backends._mooncake_sockets import Aftermath
 from tensorferry.core.errors import (
-    BadCall,
     ConfigError,
     OutOfBounds,
     ProtocolViolation,
@@ -49,7 +48,7 @@ from tensorferry.core.errors import (
     TransportUnavailable,
     Unsupported,
 )
-from tensorferry.core.memory import Memory, host_memory
+from tensorferry.core.memory import Memory
 from tensorferry.core.transport import (
     Capabilities,
     Copy,
@@ -61,68 +60,6 @@ from tensorferry.core.transport import (
     Region,
     RemoteRegion,
 )
-
-MIB = 1 << 20
-
-
-class MooncakeOptions(Options, frozen=True):
-    host: Annotated[
-        str,
-        msgspec.Meta(
-            max_length=255,
-            description="The address or name by which peers reach this host; auto: the best of its own addresses.",
-        ),
-    ] = "auto"
-    device: Annotated[
-        str,
-        msgspec.Meta(
-            description="RDMA devices to use, separated by commas; empty: all. Refused where RDMA is not used."
-        ),
-    ] = ""
-    require: Annotated[
-        str,
-        msgspec.Meta(
-            pattern="^(rdma)?$",
-            description="rdma: do not open unless the engine runs over RDMA; empty: take what there is.",
-        ),
-    ] = ""
-    contact_timeout: Annotated[
-        float,
-        msgspec.Meta(
-            gt=0, le=3600, description="Seconds that a peer has to answer before a post to it; then the post fails."
-        ),
-    ] = 5.0
-    progress_timeout: Annotated[
-        int,
-        msgspec.Meta(
-            ge=1,
-            le=3600,
-            description="Seconds without progress until a write over TCP is given up (MC_TCP_PROGRESS_TIMEOUT_SEC).",
-        ),
-    ] = environment.DEFAULT_PROGRESS_S
-    transfer_timeout: Annotated[
-        int,
-        msgspec.Meta(
-            ge=5,
-            le=3600,
-            description="Seconds (and 1 more per GB) until the outcome of a write counts as unknown "
-            "(MC_TRANSFER_TIMEOUT); above progress_timeout.",
-        ),
-    ] = environment.DEFAULT_TRANSFER_S
-    submit_bytes: Annotated[
-        int,
-        msgspec.Meta(ge=4096, le=4 * MIB, description="Longest single submit, in bytes. 1 to 4 MiB are near the best."),
-    ] = 4 * MIB
-    window: Annotated[
-        int,
-        msgspec.Meta(ge=1, le=128, description="Submits under way to one peer. The engine itself takes 1024."),
-    ] = 8
-    protocol: Annotated[
-        str,
-        msgspec.Meta(
-            description="Refused: the engine ignores it. RDMA is used where it works; see require, and MC_FORCE_TCP."
-        ),
-    ] = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -137,13 +74,13 @@ class MooncakePeer(HostPeer):
     gone: bool = False
 
 
-class MooncakeTransport(HostCopyTransport):
+class MooncakeTransport(HostTransport[Job]):
     """Writes into memory that peers have registered with their engines. See the module's docstring."""
 
     name = "mooncake"
     options_type = MooncakeOptions
     capabilities = Capabilities(
-        preferred_post_bytes=4 * MIB,
+        preferred_post_bytes=4 << 20,
         registers_sources=True,
         cancellable=True,
         notices_dead_peer=True,
@@ -165,15 +102,14 @@ class MooncakeTransport(HostCopyTransport):
         cause, remedy = environment.why_not_rdma()
         facts = {
             "engine": environment.installed_version(),
-            "path": "tcp" if cause else "rdma",
             "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",
             "address": _own_address("auto"),
             "listens": "on all interfaces, for anybody who can connect",
             **{name: os.environ[name] for name in ("MC_FORCE_TCP", "MC_FORCE_HCA") if name in os.environ},
         }
         if cause:
-            return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts)
-        return Probe(Readiness.READY, "an active RDMA device is there", facts=facts)
+            return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts, path="tcp")
+        return Probe(Readiness.READY, "an active RDMA device is there", facts=facts, path="rdma")
 
     def __init__(self, options: Options) -> None:
         """Starts an engine: milliseconds, and two threads. Raises TransportUnavailable, ConfigError."""
@@ -194,9 +130,9 @@ class MooncakeTransport(HostCopyTransport):
             self._engine = Engine(self._address, chosen.device)
         except Unfit as unfit:
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
-        limits = Limits(chosen.submit_bytes, chosen.window, chosen.contact_timeout, transfer_s)
-        self._poster = Poster(self._engine, limits)
-        self._copier = self._poster  # it ends batches as the copier of the built-in transports does
+        self._poster = Poster(self._engine, Limits(chosen.window, chosen.contact_timeout, transfer_s))
+        # The thread knows the poster and not the transport, so that a transport that is dropped without close() is
+        # noticed, and ends.
         weakref.finalize(self, self._poster.stop).atexit = False
         _posters.add(self._poster)
         self._submit_bytes = chosen.submit_bytes
@@ -230,19 +166,6 @@ class MooncakeTransport(HostCopyTransport):
             )
 
     # ---- our memory --------------------------------------------------------------------------------------
-
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        """Zeroed, page-aligned host memory whose pages are there. Any other host memory can be registered too."""
-        self._check_open()
-        if kind not in self.capabilities.memory_kinds:
-            raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
-        if nbytes <= 0:
-            raise BadCall(f"cannot allocate {nbytes} bytes", transport=self.name)
-        try:
-            check_available(nbytes)
-            return host_memory(nbytes)
-        except OSError as error:
-            raise TransportError(f"cannot allocate {nbytes} bytes: {error}", transport=self.name) from error
 
     def _publish(self, region: Region) -> None:
         if self._retired.pop(region.memory, None) is not None:
@@ -293,14 +216,9 @@ class MooncakeTransport(HostCopyTransport):
         check_protocols(self._engine.protocol, told.protocol)
         peer = self._peers.get(told.instance)
         if peer is None:
-            ours, theirs = self._host, told.host
-            same = (ours.boot_id, ours.pids, ours.time) == (theirs.boot_id, theirs.pids, theirs.time)
-            watch = _process.watch_claimed(told.pid, told.started) if same else None
-            session = self._engine.session(told.address, told.port, told.instance)
-            peer = MooncakePeer(
-                self._home, told.instance, target=Target(told, session, watch),
-                traceable=told.protocol != "tcp" or ours.network == theirs.network,
-            )  # fmt: skip
+            watch = _process.watch_claimed(told.pid, told.started) if self._host.shares_pids(told.host) else None
+            traceable = told.protocol != "tcp" or self._host.shares_network(told.host)
+            peer = MooncakePeer(self._home, told.instance, target=Target(told, watch), traceable=traceable)
             self._peers[told.instance] = peer
         if peer.learn(told.revision, told.regions):
             keys = ((number, generation) for number, generation, _ in told.regions)
@@ -369,23 +287,19 @@ class MooncakeTransport(HostCopyTransport):
             )
         return nbytes, peer.addresses[key]
 
-    def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[Any, int, int, int]]) -> None:
+    def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Job:
         assert isinstance(peer, MooncakePeer)
         segments = [
             (local, base, source, base + offset, nbytes)
-            for local, (base, offset, source, nbytes) in zip(batch.keep, plan, strict=True)
+            for local, (base, offset, source, nbytes) in zip(keep, plan, strict=True)
         ]
-        self._poster.write(peer.target, batch, cut(segments, self._submit_bytes))
+        job = Job(peer.target, cut(segments, self._submit_bytes), keep, time.monotonic())
+        self._poster.write(job)
+        return job
 
-    def drained(self, handle: int) -> bool:
-        return self._poster.drained(self._batch(handle))
-
-    def release(self, handle: int) -> None:
-        batch = self._batch(handle)
-        if not self._poster.drained(batch):
-            raise BadCall(f"handle {handle} is not drained", transport=self.name)
-        self._poster.forget(batch)
-        del self._batches[handle]
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        self._check_open()
+        self._poster.on_progress(wake)
 
     def cancel(self, handle: int) -> None:
         """What is not submitted yet never will be; what is, ends as it does."""
@@ -394,15 +308,18 @@ class MooncakeTransport(HostCopyTransport):
 
     # ---- the end -----------------------------------------------------------------------------------------
 
-    def _close_copier(self) -> bool:
-        """The poster has given every handle its end, UNKNOWN ones too: the base class has none to give."""
+    def close(self) -> None:
+        """Submit no more, wait half a second for what is under way, end the engine.
+
+        A handle can be polled afterwards: DONE; FAILED, where some of it was never submitted; UNKNOWN, where the engine
+        ended before it.
+        """
+        if self._closed or os.getpid() != self._pid:  # a forked child has neither the threads nor the right
+            return
+        self._closed = True
         if not self._poster.close(CLOSE_TIMEOUT_S):
             log.error("mooncake: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
-            for batch in self._batches.values():
-                self._poster.give_up_on(batch)
-        return False
-
-    def _close(self, drained: bool) -> None:
+        self._live.clear()
         self._peers.clear()
         self._retired.clear()
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 
 from tensorferry.backends import _copier
+from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.core.transport import Status, Transport
 
 # Test modules are imported by path (--import-mode=importlib), which puts no folder on sys.path for their helpers.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from transport_ends import OPENERS, REGION_BYTES, Brake, Pair, Process, ended
+from transport_ends import OPENERS, REGION_BYTES, Brake, Pair, Process, ended, need
+
+
+def _submit(engine: Engine, brake: Brake, session: str, source: int, target: int, nbytes: int) -> int:
+    return brake.submit(engine, session, source, target, nbytes)
 
 
 @pytest.fixture(params=sorted(OPENERS))
 def kind(request: pytest.FixtureRequest) -> str:
+    need(str(request.param))
     return str(request.param)
 
 
@@ -56,6 +63,7 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Brake]]:
     def put_on() -> Brake:
         brakes.append(Brake())
         monkeypatch.setattr(_copier, "memmove", brakes[-1].memmove)
+        monkeypatch.setattr(Engine, "submit", partialmethod(_submit, brakes[-1]))
         return brakes[-1]
 
     yield put_on

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tensorferry.backends import _copier
+from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
@@ -38,10 +42,22 @@ def ended(transport: Transport, handle: int) -> Status:
     return transport.poll(handle)
 
 
+def over(transport: Transport, handle: int) -> Status:
+    """The handle's first status that is not PENDING."""
+    eventually(lambda: transport.poll(handle) is not Status.PENDING, f"an outcome of handle {handle}")
+    return transport.poll(handle)
+
+
 def filled(transport: Transport, data: bytes) -> Memory:
     memory = transport.allocate(len(data))
     memory.view()[:] = data
     return memory
+
+
+def source(transport: Transport, data: bytes) -> Region | Memory:
+    """Data to write from: registered where the transport asks for that."""
+    memory = filled(transport, data)
+    return transport.register(memory) if transport.capabilities.registers_sources else memory
 
 
 def at(region: Region) -> RemoteRegion:
@@ -60,8 +76,7 @@ class Pair:
     peer: Any
 
     def post(self, data: bytes, offset: int = 0) -> int:
-        source = filled(self.writer, data)
-        return self.writer.post(self.peer, [Copy(source, 0, at(self.region), offset, len(data))])
+        return self.writer.post(self.peer, [Copy(source(self.writer, data), 0, at(self.region), offset, len(data))])
 
     def landed(self) -> bytes:
         return bytes(self.region.memory.view())
@@ -74,13 +89,34 @@ REGION_BYTES = 4096
 
 OPENERS: dict[str, Callable[[], Transport]] = {
     "memory": lambda: MemoryTransport(MemoryOptions()),
+    "mooncake": lambda: MooncakeTransport(MooncakeOptions(host="127.0.0.1")),
     "shm": lambda: ShmTransport(ShmOptions()),
 }
 
 
+def need(kind: str) -> None:
+    """Skip the test where this kind of transport cannot be had. CI has to have it."""
+    if kind == "mooncake" and not (probe := MooncakeTransport.probe()).usable:
+        pytest.skip(f"needs mooncake: {probe.reason}")
+
+
+def told_to_stop(transport: Transport) -> bool:
+    """`close` has reached the thread that moves bytes."""
+    mover = getattr(transport, "_copier", None) or getattr(transport, "_poster", None)
+    return bool(getattr(mover, "_stopping", False))
+
+
+def in_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *transports: Transport) -> None:
+    """Let these transports move so many bytes at a time: a chunk of the copier, a submit to the engine."""
+    monkeypatch.setattr(_copier, "CHUNK_BYTES", nbytes)
+    for transport in transports:
+        if isinstance(transport, MooncakeTransport):
+            monkeypatch.setattr(transport, "_submit_bytes", nbytes)
+
+
 @dataclass
 class Brake:
-    """Holds back every chunk that a copier wants to copy, until it is let go."""
+    """Holds back every chunk that a copier wants to copy or the engine is to write, until it is let go."""
 
     waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -94,6 +130,13 @@ class Brake:
         self.chunks += 1
         return ORIGINAL(destination, source, nbytes)
 
+    def submit(self, engine: Engine, session: str, source: int, target: int, nbytes: int) -> int:
+        if not self.off:
+            self.waiting.release()
+            assert self.go.acquire(timeout=PATIENCE_S)
+        self.chunks += 1
+        return ORIGINAL_SUBMIT(engine, session, source, target, nbytes)
+
     def until_held(self) -> None:
         assert self.waiting.acquire(timeout=PATIENCE_S), "no copy came"
 
@@ -106,6 +149,7 @@ class Brake:
 
 
 ORIGINAL = _copier.memmove
+ORIGINAL_SUBMIT = Engine.submit
 
 
 class Process:

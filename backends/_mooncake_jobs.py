@@ -1,0 +1,103 @@
+"""Posts as the mooncake transport's thread knows them: what is to be submitted to whom, and how it went."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tensorferry.backends._mooncake_contact import Contact
+from tensorferry.backends._mooncake_wire import Descriptor, session_name
+from tensorferry.backends._process import ProcessWatch
+from tensorferry.core.transport import Status
+
+Piece = tuple[int, int, int]
+"""(source address, target address, bytes)"""
+
+
+@dataclass(eq=False, slots=True)
+class Target:
+    """A peer's engine."""
+
+    told: Descriptor
+    watch: ProcessWatch | None
+    """Its process, where it is one of this host."""
+    session: str = ""
+    """The engine's name for it, once it has one."""
+    jobs: deque[Job] = field(default_factory=deque)
+    under_way: dict[int, Submit] = field(default_factory=dict)
+    ready: bool = False
+    """It has answered, and no submit has failed since."""
+    opened: bool = False
+    """The engine has its segment; no submit to it blocks."""
+    contact: Contact | None = None
+    not_before: float = 0.0
+    """It is asked again only then; and a post waits for the answer from then on."""
+
+    @property
+    def name(self) -> str:
+        return session_name(self.told.address, self.told.port)
+
+    def ended(self) -> bool:
+        return self.watch is not None and self.watch.ended()
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One post. `status` is written by the poster's thread, replaced whole, and read by any."""
+
+    target: Target
+    pieces: deque[Piece]
+    keep: Sequence[object]
+    """What has to live while the engine may read the sources."""
+    queued_at: float
+    status: Status = Status.PENDING
+    cancelled: bool = False
+    under_way: int = 0
+    dropped: bool = False
+    """Some of it was not submitted and will not be."""
+
+    @property
+    def quiet(self) -> bool:
+        """The engine neither reads its source any more nor will."""
+        return self.under_way == 0 and not self.pieces
+
+    @property
+    def drained(self) -> bool:
+        """Nothing of it can land any more: by the peer's word, or because the peer's process has ended."""
+        if self.status is Status.UNKNOWN:
+            return self.quiet and self.target.ended()
+        return self.status is not Status.PENDING
+
+
+@dataclass(slots=True)
+class Submit:
+    job: Job
+    nbytes: int
+    since: float
+    late: bool = False
+
+
+Segment = tuple[object, int, int, int, int]
+"""(local memory, start of the remote region, source address, target address, bytes)"""
+
+
+def cut(segments: Sequence[Segment], most: int) -> deque[Piece]:
+    """Copies as pieces of at most `most` bytes; what is adjacent on both sides is joined first.
+
+    Nothing is joined across two registrations, however they lie: a submit has to lie in one on each side.
+    """
+    pieces: deque[Piece] = deque()
+    ordered = sorted(segments, key=lambda segment: segment[3])
+    at = 0
+    while at < len(ordered):
+        local, region, source, target, nbytes = ordered[at]
+        at += 1
+        while at < len(ordered):
+            after = ordered[at]
+            if after[0] is not local or after[1] != region or after[2:4] != (source + nbytes, target + nbytes):
+                break
+            nbytes += after[4]
+            at += 1
+        pieces.extend((source + n, target + n, min(most, nbytes - n)) for n in range(0, nbytes, most))
+    return pieces

@@ -1,0 +1,189 @@
+"""The mooncake transport over real verbs, through the Transport interface alone: one device, two processes, every byte.
+
+    python tests/rdma/mooncake_over_verbs.py
+
+A program, not a test for pytest: it runs where RDMA is, which may be an emulated machine in which importing torch takes
+half a minute. So it imports none, nor numpy. It prints a line for each step, and at the end one line of JSON with `ok`
+and `path`; it exits 0 when all is as it should be, else 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from typing import IO, Any
+
+import msgspec
+
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.core.errors import OutOfBounds
+from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status
+
+REGION = 8 << 20
+PATIENCE_S = 120.0
+OPTIONS = MooncakeOptions(require="rdma", contact_timeout=60.0, transfer_timeout=60)
+
+
+def say(text: str) -> None:
+    print(f"{time.monotonic() - BEGAN:7.2f} s  {text}", flush=True)
+
+
+BEGAN = time.monotonic()
+
+
+class Target:
+    """The process that is written to."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "target"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        told = self._hear()
+        self.descriptor = bytes.fromhex(told["descriptor"])
+        self.region = RemoteRegion(*told["region"])
+
+    def _hear(self) -> dict[str, Any]:
+        line = _pipe(self.process.stdout).readline()
+        if not line:
+            raise SystemExit(f"the target ended with {self.process.wait()}")
+        return dict(json.loads(line))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        stdin = _pipe(self.process.stdin)
+        stdin.write(json.dumps([offset, nbytes]) + "\n")
+        stdin.flush()
+        return bytes.fromhex(self._hear()["data"])
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def be_target() -> None:
+    transport = MooncakeTransport(OPTIONS)
+    region = transport.register(transport.allocate(REGION))
+    told = {"descriptor": transport.describe().hex(), "region": [region.id, region.generation]}
+    print(json.dumps(told), flush=True)
+    for line in sys.stdin:
+        offset, nbytes = json.loads(line)
+        print(json.dumps({"data": bytes(region.memory.view(offset, nbytes)).hex()}), flush=True)
+    transport.close()
+
+
+class Check:
+    def __init__(self) -> None:
+        self.transport = MooncakeTransport(OPTIONS)
+        self.source: Region = self.transport.register(self.transport.allocate(REGION))
+        self.done: list[str] = []
+
+    def expect(self, holds: bool, what: str) -> None:
+        say(f"{'ok    ' if holds else 'FAILED'}  {what}")
+        if not holds:
+            raise SystemExit(what)
+        self.done.append(what)
+
+    def ended(self, handle: int) -> Status:
+        deadline = time.monotonic() + PATIENCE_S
+        while (status := self.transport.poll(handle)) is Status.PENDING:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"a post did not end within {PATIENCE_S:g} s")
+            time.sleep(0.001)
+        return status
+
+    def write(self, target: Target, peer: Any, pieces: list[tuple[int, int, int]], what: str) -> None:
+        """Write (source offset, target offset, bytes) each with fresh random bytes, and compare all of the region."""
+        view = self.source.memory.view()
+        view[:] = random.Random(what).randbytes(REGION)
+        expected = bytearray(target.read(0, REGION))
+        for here, there, nbytes in pieces:
+            expected[there : there + nbytes] = view[here : here + nbytes]
+        began = time.monotonic()
+        copies = [Copy(self.source, here, target.region, there, nbytes) for here, there, nbytes in pieces]
+        handle = self.transport.post(peer, copies)
+        status, took = self.ended(handle), time.monotonic() - began
+        self.transport.release(handle)
+        same = target.read(0, REGION) == bytes(expected)
+        self.expect(status is Status.DONE and same, f"{what}: {status.name}, every byte as it should be ({took:.3f} s)")
+
+    def run(self) -> None:
+        self.expect(self.transport.path() == "rdma", f"this side's path is {self.transport.path()}")
+        target = Target()
+        peer = self.transport.connect(target.descriptor)
+        self.expect(self.transport.path(peer) == "rdma", "the path to the peer is rdma")
+        for nbytes in (1, 4096, 65_537, 1 << 20, (4 << 20) + 123, REGION):
+            self.write(target, peer, [(0, 0, nbytes)], f"{nbytes} bytes")
+        adjacent = [(n * 8192, 65_536 + n * 8192, 8192) for n in range(64)]
+        self.write(target, peer, adjacent, "64 adjacent copies")
+        slots = random.Random(1).sample(range(REGION // 16_384), 40)
+        scattered = [(n * 20_000, slot * 16_384, 5000 + n) for n, slot in enumerate(slots)]
+        self.write(target, peer, scattered, "40 scattered copies")
+        self.refusals(target, peer)
+        self.write(target, peer, [(5, 9, 100_000)], "a write after the refused ones")
+        self.killed(target, peer)
+        self.transport.close()
+
+    def refusals(self, target: Target, peer: Any) -> None:
+        try:
+            self.transport.post(peer, [Copy(self.source, 0, target.region, REGION - 10, 11)])
+            refused = False
+        except OutOfBounds:
+            refused = True
+        self.expect(refused, "a copy past the end of the region is refused before a byte moves")
+        # The same past our own check, by a descriptor that lies: the device has to refuse it.
+        fields = msgspec.msgpack.decode(target.descriptor)
+        fields[2], fields[-1] = os.urandom(16), [[target.region.id, target.region.generation, REGION + 4096]]
+        liar = self.transport.connect(msgspec.msgpack.encode(fields))
+        handle = self.transport.post(liar, [Copy(self.source, 0, target.region, REGION, 4096)])
+        status = self.ended(handle)
+        self.expect(
+            status is Status.UNKNOWN and not self.transport.drained(handle),
+            f"a write past the registration is not done: {status.name}",
+        )
+
+    def killed(self, target: Target, peer: Any) -> None:
+        """Four writes of the whole region take the emulated device longer than the signal takes."""
+        handles = [self.transport.post(peer, [Copy(self.source, 0, target.region, 0, REGION)]) for _ in range(4)]
+        target.kill()
+        ends = [self.ended(handle) for handle in handles]
+        self.expect(
+            all(end in (Status.DONE, Status.UNKNOWN) for end in ends),
+            f"writes under way when the target is killed: {', '.join(end.name for end in ends)}",
+        )
+        self.expect(Status.UNKNOWN in ends, "what the dead target cannot have taken is unknown, not done")
+        self.expect(self.transport.peer_state(peer) is PeerState.GONE, "the target's end is proved")
+        deadline = time.monotonic() + PATIENCE_S
+        while not all(map(self.transport.drained, handles)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.expect(all(map(self.transport.drained, handles)), "its end drains what was unknown")
+
+
+def main() -> int:
+    if sys.argv[1:] == ["target"]:
+        be_target()
+        return 0
+    verdict: dict[str, Any] = {"ok": False, "path": ""}
+    try:
+        check = Check()
+        verdict["path"] = check.transport.path()
+        check.run()
+        verdict |= {"ok": True, "checks": len(check.done)}
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the verdict is the last line, whatever happened
+        verdict["error"] = repr(error)
+    verdict["torch_imported"] = "torch" in sys.modules
+    verdict["seconds"] = round(time.monotonic() - BEGAN, 1)
+    print(json.dumps(verdict), flush=True)
+    return 0 if verdict["ok"] and not verdict["torch_imported"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
