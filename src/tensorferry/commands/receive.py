@@ -201,6 +201,7 @@ def _watch(receiver: Receiver, transfer: ReceiveTransfer, table: Table, file: Ne
 
 def _add_progress(report: dict[str, Any], transfer: ReceiveTransfer, token_bytes: int, spent: float) -> None:
     nbytes = transfer.sent_tokens * token_bytes
+    report["transport"] = transfer.transport or report["transport"]
     report["total_tokens"] = transfer.total_tokens or 0
     report["bytes"] = nbytes
     report["seconds"] = spent

@@ -119,8 +119,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         out.object(_object(args, serving, error))
     else:
         if serving is not None and serving.address:
-            number = len(serving.deliveries)
-            out.line(f"served {number} {'receiver' if number == 1 else 'receivers'}")
+            out.line(f"served {serving.served} {'receiver' if serving.served == 1 else 'receivers'}")
         if error is not None:
             out.error(error)
     return exit_for(error) if error is not None else Exit.OK
@@ -144,6 +143,7 @@ def _announcer(
         parts += ["--layout", str(file.table)]
         metadata = [f"{key}={value}" for key, value in file.metadata.items()]
         left_out = bool(metadata) and len("".join(metadata)) > MAX_METADATA
+        serving.metadata_carried = not left_out
         if left_out:
             warning = f"the file's metadata is longer than {MAX_METADATA} characters: it is not carried"
             print(f"# warning: {warning}", file=sys.stderr, flush=True)
@@ -180,6 +180,8 @@ def _object(args: argparse.Namespace, serving: Serving | None, error: FerryError
         "total_tokens": 0,
         "bytes": 0,
         "digest": None,
+        "served": 0,
+        "metadata_carried": True,
         "deliveries": [],
         "failed_deliveries": [],
     }

@@ -17,7 +17,7 @@ from tensorferry.backends._addresses import local_addresses
 from tensorferry.commands.carry_view import View, in_bytes
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import told
-from tensorferry.commands.token_file import TokenFile
+from tensorferry.commands.token_file import BadFile, TokenFile
 from tensorferry.core.errors import DeadlineExceeded, Fault, FerryError
 from tensorferry.core.settings import Settings
 
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.01
 
-MAX_FAILURES_KEPT = 100
-"""Failed deliveries that the report lists; a sender without --count may run for weeks."""
+MOST_KEPT = 100
+"""Deliveries, and failed ones, that the report lists: a sender may run for weeks."""
+
+
+WRITING_SECONDS = 60.0
+"""How long a receiver that has all rows may take to write them, where nothing else is to be done but to wait for it."""
 
 
 class Serving:
@@ -42,15 +46,18 @@ class Serving:
         """Where receivers can find it, best first."""
         self.only_here = False
         self.command = ""
+        self.metadata_carried = True
         self.transport: str | None = None
-        self.deliveries: deque[dict[str, Any]] = deque(maxlen=None if count else MAX_FAILURES_KEPT)
-        self.failures: deque[FerryError] = deque(maxlen=MAX_FAILURES_KEPT)
+        self.deliveries: deque[dict[str, Any]] = deque(maxlen=MOST_KEPT)
+        self.failures: deque[FerryError] = deque(maxlen=MOST_KEPT)
         self.served = 0
         self._receipts = receipts
         self._arrived: list[float] = []  # seconds of each transfer whose receipt is out
+        self._last_arrival = 0.0
         self._offer: SendTransfer | None = None
         self._receipt: SendTransfer | None = None
-        self._began = 0.0  # when a receiver was first seen at this offer
+        self._looked = 0.0  # when this offer was last seen without a receiver
+        self._began = 0.0  # the same, once it has one: never later than the receiver came
 
     def run(
         self,
@@ -89,19 +96,30 @@ class Serving:
 
     def _keep_on_offer(self, sender: Sender) -> None:
         file = self.file
-        if self._offer is None:
-            file.check_unchanged()
+        if self._offer is None and not self._winding_up():
             note = Note(file.digest, RECEIPTS | self.room if self._receipts else 0)
             self._offer = sender.send(self.room, content_id=file.digest, aux=note.words(), **file.components)
-            self._began = 0.0
+            self._began, self._looked = 0.0, time.monotonic()
         if self._receipts and self._receipt is None:
             self._receipt = sender.announce(RECEIPTS | self.room, 0, content_id=file.digest)
+
+    def _winding_up(self) -> bool:
+        """Whether the file has changed and a receiver is still writing what it was. Raises BadFile once none is."""
+        try:
+            self.file.check_unchanged()
+        except BadFile:
+            if self._arrived and time.monotonic() - self._last_arrival < WRITING_SECONDS:
+                return True
+            raise
+        return False
 
     def _look(self, view: View) -> None:
         offer, receipt = self._offer, self._receipt
         if offer is not None:
-            if offer.status != "BOOTSTRAPPING" and not self._began:
-                self._began = time.monotonic()
+            if offer.status == "BOOTSTRAPPING":
+                self._looked = time.monotonic()
+            elif not self._began:
+                self._began = self._looked
             if offer.done:
                 self._offer = None
                 self._ended(offer, view)
@@ -117,8 +135,10 @@ class Serving:
                 self._count(view)
 
     def _ended(self, offer: SendTransfer, view: View) -> None:
+        self.transport = offer.transport or self.transport
         if offer.error is None:
-            self._arrived.append(max(time.monotonic() - self._began, 1e-9))
+            self._last_arrival = time.monotonic()
+            self._arrived.append(self._last_arrival - (self._began or self._looked))
             if not self._receipts:
                 self._count(view)
             return
@@ -149,6 +169,8 @@ class Serving:
             "total_tokens": self.file.tokens,
             "bytes": self.file.nbytes,
             "digest": told(self.file.digest),
+            "served": self.served,
+            "metadata_carried": self.metadata_carried,
             "deliveries": list(self.deliveries),
             "failed_deliveries": [error.as_dict() for error in self.failures],
         }

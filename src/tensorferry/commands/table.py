@@ -98,7 +98,7 @@ def parse(text: str) -> Table:
     columns = []
     for part in text.split(","):
         name, *rest = part.strip().split(":")
-        if not name or len(rest) not in (1, 2):
+        if len(rest) not in (1, 2):
             raise BadFlag(f"--layout: {part!r} is not NAME:DTYPE or NAME:DTYPE:DIMENSIONS", hint=hint)
         try:
             shape = tuple(int(n) for n in rest[1].split("x")) if len(rest) == 2 else ()
