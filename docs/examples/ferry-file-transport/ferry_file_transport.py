@@ -276,7 +276,7 @@ class FileTransport(Transport):
             problem, hint = f"cannot look at {directory!r}: {error}", ""
         if problem:
             return Probe(Readiness.UNAVAILABLE, problem, hint)
-        return Probe(Readiness.READY, "works between processes of one host that share a directory")
+        return Probe(Readiness.READY, "works between processes of one host that share a directory", path="file")
 
     def __init__(self, options: Options) -> None:
         if not isinstance(options, FileOptions):
