@@ -186,6 +186,15 @@ class Carriers:
         Raises TransportMismatch, VersionMismatch, or what the only common transport's `connect` raises, where no way
         is left; the cause lists every transport's reason.
         """
+        reach, problems = self.survey(hello, who, before)
+        if reach.lanes:
+            return reach
+        if len(problems) == 1:
+            raise problems[0]
+        raise self._no_way(reach.verdicts, hello, who)
+
+    def survey(self, hello: m.Hello, who: str, before: Reach | None = None) -> tuple[Reach, list[FerryError]]:
+        """The same, and no way at all is an answer too: then there are no lanes."""
         offered = {offer.name: offer for offer in hello.offers}
         ours = {t.name: t for t in self.transports}
         verdicts = rank(self.candidates(), [Candidate(o.name, o.path, o.contract) for o in hello.offers], self.require)
@@ -215,22 +224,18 @@ class Carriers:
             first = next(v for v in seen if v.viable)
             if not first.reason.startswith("first choice"):
                 seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
-            return Reach(lanes, seen + self.rejected, tuple(blind))
-        if len(problems) == 1:
-            raise problems[0]
-        raise self._no_way(seen, offered, who)
+        return Reach(lanes, seen + self.rejected, tuple(blind)), problems
 
-    def _no_way(self, seen: list[Verdict], offered: Mapping[str, m.Offer], who: str) -> FerryError:
-        names = {v.name for v in seen}
-        both = [v for v in seen if v.name in offered and any(t.name == v.name for t in self.transports)]
+    def _no_way(self, seen: list[Verdict], hello: m.Hello, who: str) -> FerryError:
+        ours, theirs = [t.name for t in self.transports], [offer.name for offer in hello.offers]
+        both = [v for v in seen if v.name in ours and v.name in theirs]
         if not both:
             return TransportMismatch(
-                f"this side has {', '.join(t.name for t in self.transports)}, "
-                f"the peer offers {', '.join(offered) or 'none'}",
+                f"this side has {', '.join(ours)}, the peer offers {', '.join(theirs) or 'none'}",
                 hint="Name the same transport on both sides, or leave both to choose (transport=auto)",
                 peer=who,
             )
-        told = "; ".join(f"{v.name}: {v.reason}" for v in both if v.name in names)
+        told = "; ".join(f"{v.name}: {v.reason}" for v in both)
         kind = VersionMismatch if all("transport contract" in v.reason for v in both) else TransportMismatch
         return kind(f"no transport joins the two sides: {told}", peer=who)
 

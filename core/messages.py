@@ -79,7 +79,8 @@ class Hello(FromReceiver, frozen=True, tag="H", kw_only=True):
     """Once per pair of incarnations, and again when something in it changes (`revision` counts the changes).
 
     `ack` is the revision of the listener's Hello that the speaker has seen. `generations` is packed: how often each
-    slab has had fresh memory, from 1; empty from a sender. A sender's pool fields are 0.
+    slab has had fresh memory, from 1; empty from a sender. A sender's pool fields are 0. To a sender, a Hello without
+    a pool is a question: it answers with its own and keeps nothing.
     """
 
     version: Annotated[int, Meta(ge=0, lt=1 << 16)]

@@ -71,7 +71,7 @@ def rank(ours: Iterable[Candidate], theirs: Iterable[Candidate], require: str = 
             why = "the peer does not offer it" if mine else "only the peer has it"
             refused.append(Verdict(name, only.path, False, why))
             continue
-        path = max(mine.path, other.path, key=lambda p: preference(name, p))
+        path = max(mine.path, other.path, key=lambda p: (preference(name, p), p))
         if other.contract != mine.contract:
             why = f"the peer's is written for transport contract {other.contract}, ours for {mine.contract}"
             refused.append(Verdict(name, path, False, why))

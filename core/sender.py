@@ -266,6 +266,9 @@ class SenderMachine(SenderState):
         if hello.dst not in (0, self.inc):
             self._send(route, replace(self.hello, dst=hello.src, ack=0))
             return
+        if not hello.pool_blocks and not hello.slabs:  # somebody who only wants to know what we have
+            self._send(route, replace(self.hello, dst=hello.src, ack=hello.revision))
+            return
         if self.newest.get(hello.name, 0) > hello.src:
             self.ignored["stale hello"] += 1  # an older incarnation of that receiver (ID-2)
             return

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.commands import probing
-from tensorferry.commands.output import Exit, Output
+from tensorferry.commands.output import BadFlag, Exit, Output
 
 if TYPE_CHECKING:
+    from tensorferry.core.selection import Verdict
     from tensorferry.plugins.registry import Plugin, Ranked
 
 _EXAMPLES = """\
 examples:
   tensorferry transports               one line a transport, best first
   tensorferry transports --why         with reasons, hints and what each found on this machine
+  tensorferry transports --why --peer tcp://10.0.0.1:5555
+                                       which of them would carry from the sender there, and why not the others
   tensorferry transports --format json | jq '.transports[] | select(.usable) | .name'
 
 status: ready; degraded (works, not as well as it could); unavailable (something is missing); broken (there, and fails)
@@ -28,16 +31,25 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="what can move bytes here, and why not the others",
         description="Ask every installed transport whether it can work on this machine. Each is asked in a process of "
-        "its own, so that one which crashes or hangs is a line like any other. Exit status 3: none is usable.",
+        "its own, so that one which crashes or hangs is a line like any other. Exit status 3: none is usable; with "
+        "--peer also: none joins the two sides.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--why", action="store_true", help="show reasons, hints and facts")
+    parser.add_argument(
+        "--peer",
+        metavar="ADDR",
+        help="the control address of a running sender: say also which transport both sides would take",
+    )
+    parser.add_argument(
+        "--require", choices=["rdma"], help="with --peer: what the bytes must travel by, as in the setting `require`"
+    )
     parser.add_argument(
         "--timeout",
         type=float,
         default=probing.DEFAULT_SECONDS,
         metavar="SECONDS",
-        help="longest wait for one transport's answer (default %(default)g)",
+        help="longest wait for one transport's answer, and for the peer's (default %(default)g)",
     )
     parser.set_defaults(run=run)
 
@@ -45,20 +57,71 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> Exit:
     from tensorferry.plugins import registry
 
+    if args.require and not args.peer:
+        raise BadFlag("--require says what the bytes between two sides must travel by", hint="Give --peer ADDR as well")
     answers = probing.probe_each((plugin.name for plugin in registry.available()), args.timeout, debug=args.debug)
     found = registry.ranked(answers.__getitem__)
     usable = any(entry.probe.usable for entry in found)
+    peer = _Peer.survey(args.peer, args.require or "", args.timeout) if args.peer else None
     if out.json:
-        out.object({"status": "ok" if usable else "failed", "transports": [_as_dict(entry) for entry in found]})
-    elif args.why:
-        for entry in found:
-            _explain(entry, out)
+        ok = usable and (peer is None or peer.chosen is not None)
+        told: dict[str, Any] = {"status": "ok" if ok else "failed", "transports": [_as_dict(entry) for entry in found]}
+        out.object(told if peer is None else told | {"peer": peer.as_dict()})
     else:
-        out.table(
-            ["transport", "provided by", "status", "reason"],
-            [[e.name, _providers(e.plugins), str(e.probe.readiness), _without_status(e)] for e in found],
-        )
-    return Exit.OK if usable else Exit.CANNOT_RUN_HERE
+        if args.why:
+            for entry in found:
+                _explain(entry, out)
+        else:
+            out.table(
+                ["transport", "provided by", "status", "reason"],
+                [[e.name, _providers(e.plugins), str(e.probe.readiness), _without_status(e)] for e in found],
+            )
+        if peer is not None:
+            peer.show(out)
+    return Exit.OK if usable and (peer is None or peer.chosen is not None) else Exit.CANNOT_RUN_HERE
+
+
+class _Peer:
+    """What a sender offers, against what can be chosen here."""
+
+    def __init__(self, address: str, name: str, verdicts: Sequence[Verdict]) -> None:
+        self.address = address
+        self.name = name
+        self.verdicts = verdicts
+        self.chosen = next((v.name for v in verdicts if v.viable), None)
+
+    @classmethod
+    def survey(cls, address: str, require: str, timeout: float) -> _Peer:
+        """Ask it, and try each common transport as a receiver here would. Raises PeerUnreachable and its kin."""
+        from tensorferry.core.asking import ask
+        from tensorferry.core.carriers import Carriers
+        from tensorferry.plugins.registry import open_automatic
+
+        hello = ask(address, timeout)
+        carriers = Carriers(open_automatic(), require=require)
+        try:
+            reach, _ = carriers.survey(hello, address)
+            reach.disconnect()
+            return cls(address, hello.name, reach.verdicts)
+        finally:
+            carriers.close()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "address": self.address,
+            "name": self.name,
+            "chosen": self.chosen,
+            "transports": [
+                {"name": v.name, "path": v.path, "viable": v.viable, "reason": v.reason} for v in self.verdicts
+            ],
+        }
+
+    def show(self, out: Output) -> None:
+        out.line()
+        out.line(f"with the sender at {self.address}: {self.chosen or 'no transport joins the two sides'}")
+        width = max((len(v.name) for v in self.verdicts), default=0)
+        for v in self.verdicts:
+            out.line(f"    {v.name.ljust(width)}  {v.reason}")
 
 
 def _as_dict(entry: Ranked) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""Two endpoints that know only an address: what they agree on, what they fall back to, what is never replaced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from faulty import FAIL, LOSE, RAISE, WRITE, FaultyShm
+from scenario_kit import PATIENCE, assert_clean, assert_same, eventually, rows
+
+import tensorferry as tf
+from tensorferry.backends.memory import MemoryOptions, MemoryTransport
+from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.core import asking, errors, receiving, sending
+from tensorferry.core.posting import FALL_BACK_AFTER
+from tensorferry.core.settings import Settings
+from tensorferry.core.transport import Transport
+
+SMALL = tf.Layout([tf.Component("x", "float32", (8,))])
+TOKENS = 1000
+ROUNDS = {"block_size": 16, "pool_blocks": 8, "first_grant": 128, "window": "rounds"}
+
+
+def shm() -> ShmTransport:
+    return ShmTransport(ShmOptions())
+
+
+def memory() -> MemoryTransport:
+    return MemoryTransport(MemoryOptions())
+
+
+def faulty() -> Any:
+    return FaultyShm()
+
+
+class Sides:
+    """A sender and a receiver, each with the transports that it is given."""
+
+    def __init__(self, ours: list[Transport], theirs: list[Transport], **settings: Any) -> None:
+        made = Settings(**{**ROUNDS, **settings})
+        self.sender = sending.Sender(SMALL, ours, made)
+        self.receiver = receiving.Receiver(SMALL, theirs, made, poison=True)
+
+    def __enter__(self) -> Sides:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                assert_clean(self.sender, self.receiver)
+                assert not self.receiver.stale_writes
+        finally:
+            self.receiver.close()
+            self.sender.close()
+
+    def carry(self, room: int = 1) -> tuple[tf.SendTransfer, tf.ReceiveTransfer]:
+        given = rows(TOKENS, seed=room, layout=SMALL)
+        sent, received = self.sender.send(room, **given), self.receiver.receive(room, self.sender.address)
+        assert_same(received.result(PATIENCE), given)
+        sent.wait(PATIENCE)
+        return sent, received
+
+
+def test_two_sides_that_name_nothing_agree_on_the_best_and_both_say_why() -> None:
+    with tf.Sender(SMALL) as sender, tf.Receiver(SMALL) as receiver:
+        given = rows(TOKENS, layout=SMALL)
+        sent, received = sender.send(1, **given), receiver.receive(1, sender.address)
+        assert_same(received.result(PATIENCE), given)
+        sent.wait(PATIENCE)
+        assert sent.transport == received.transport == "shm"
+        for transfer in (sent, received):
+            told = {v.name: v for v in transfer.verdicts}
+            assert told["shm"].reason == "first choice: over memcpy"
+            assert told["tcp"].viable
+
+
+@pytest.mark.parametrize("named", ["sender", "receiver"])
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_a_name_on_one_side_decides(named: str, name: str) -> None:
+    names = {"sender": {}, "receiver": {}, named: {"transport": name}}
+    with tf.Sender(SMALL, **names["sender"]) as sender, tf.Receiver(SMALL, **names["receiver"]) as receiver:
+        given = rows(TOKENS, layout=SMALL)
+        sent, received = sender.send(1, **given), receiver.receive(1, sender.address)
+        assert_same(received.result(PATIENCE), given)
+        sent.wait(PATIENCE)
+        assert sent.transport == received.transport == name
+
+
+def test_names_that_do_not_meet_are_an_error_and_not_replaced() -> None:
+    with tf.Sender(SMALL, transport="tcp") as sender, tf.Receiver(SMALL, transport="shm") as receiver:
+        sender.send(1, **rows(10, layout=SMALL))
+        with pytest.raises(errors.TransportMismatch, match=r"tcp.*shm|shm.*tcp"):
+            receiver.receive(1, sender.address).wait(PATIENCE)
+
+
+@pytest.mark.parametrize("what", [FAIL, RAISE])
+def test_what_keeps_failing_is_given_up_for_the_next_and_nothing_is_lost(
+    what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = faulty()
+    bad.script = lambda n: what if n >= 2 else WRITE
+    with Sides([bad, memory()], [shm(), memory()]) as sides:
+        sent, received = sides.carry()
+        assert received.transport == "memory"
+        eventually(lambda: sent.transport == "memory")
+        assert "memory carries" in caplog.text
+        posts = bad.posts
+        assert posts >= 2 + FALL_BACK_AFTER
+        sides.carry(2)
+        assert bad.posts == posts
+
+
+def test_writes_that_were_lost_on_the_way_that_was_given_up_harm_nobody() -> None:
+    """They land after the next transport has carried everything: their blocks were not given to anybody."""
+    bad = faulty()
+    bad.script = lambda n: LOSE
+    with Sides([bad, memory()], [shm(), memory()], pool_blocks=16, slabs=4) as sides:
+        given = rows(TOKENS, layout=SMALL)
+        sent, received = sides.sender.send(1, **given), sides.receiver.receive(1, sides.sender.address)
+        eventually(lambda: bad.posts)
+
+        def let_go() -> bool:
+            sides.sender._call(bad.let_go)
+            return received.done
+
+        eventually(let_go)
+        assert_same(received.result(PATIENCE), given)
+        sent.wait(PATIENCE)
+
+
+def test_one_good_write_forgives_what_failed_before() -> None:
+    bad = faulty()
+    bad.script = lambda n: FAIL if n in (1, 2, 4, 5) else WRITE
+    with Sides([bad, memory()], [shm(), memory()], window=1, block_size=64) as sides:
+        _, received = sides.carry()
+        assert received.transport == "shm"
+
+
+def test_with_one_transport_there_is_nothing_to_fall_back_to() -> None:
+    bad = faulty()
+    bad.script = lambda n: FAIL
+    with Sides([bad], [shm(), memory()], max_bumps=2) as sides:
+        sent = sides.sender.send(1, **rows(TOKENS, layout=SMALL))
+        received = sides.receiver.receive(1, sides.sender.address)
+        for transfer in (sent, received):
+            with pytest.raises(errors.TransportError):
+                transfer.wait(PATIENCE)
+        assert sent.transport == "shm"
+
+
+@pytest.mark.parametrize("end", [tf.Sender, tf.Receiver])
+def test_rdma_that_is_required_and_not_there_fails_at_once(end: Callable[..., Any]) -> None:
+    with pytest.raises(errors.TransportUnavailable, match="rdma is required"):
+        end(SMALL, require="rdma")
+    with pytest.raises(errors.TransportUnavailable, match="rdma is required"):
+        end(SMALL, transport="shm", require="rdma")
+
+
+def test_options_without_a_name_are_refused() -> None:
+    with pytest.raises(errors.ConfigError, match="belong to one transport"):
+        tf.Sender(SMALL, options={"prefault": False})
+
+
+def test_slabs_that_were_replaced_are_known_by_every_transport() -> None:
+    with Sides([shm(), memory()], [shm(), memory()]) as sides:
+        sides.carry()
+
+        def replace() -> None:
+            machine = sides.receiver.machine
+            for slab in range(machine.pool.slabs):
+                machine.pool.retire(slab)
+            sides.receiver._do(machine._step())
+
+        sides.receiver._call(replace)
+        sides.carry(2)
+        target = next(iter(sides.sender._poster.targets.values()))
+        target.reach.fall_back("a test")
+        _, received = sides.carry(3)
+        assert received.transport in ("shm", "memory")
+        assert [lane.transport.name for lane in target.reach.lanes] == ["memory", "shm"]
+
+
+def test_a_sender_tells_whoever_asks_what_it_has_and_keeps_nothing() -> None:
+    with tf.Sender(SMALL) as sender:
+        told = asking.ask(sender.address, PATIENCE)
+        assert {"shm", "tcp"} <= {offer.name for offer in told.offers}
+        assert told.name == sender.name
+        assert not sender.machine.receivers
+        assert not sender.machine.refused
+
+
+def test_asking_where_nobody_listens_ends_in_time() -> None:
+    with pytest.raises(errors.PeerUnreachable, match="nobody answered"):
+        asking.ask("tcp://127.0.0.1:9", 0.3)
+    with pytest.raises(errors.ConfigError):
+        asking.ask("not an address", 0.3)
+
+
+def test_the_choice_is_logged_once_for_each_peer(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tensorferry")
+    with Sides([shm(), memory()], [shm(), memory()]) as sides:
+        for room in range(1, 4):
+            sides.carry(room)
+    assert sum("is reached by shm (first choice" in line for line in caplog.messages) == 1
+    assert sum("can reach us by shm (first choice" in line for line in caplog.messages) == 1

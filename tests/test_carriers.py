@@ -1,0 +1,325 @@
+"""The transports of one endpoint: what is registered where, which ways lead to a peer, what is proved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace as replaced
+from typing import Any
+
+import pytest
+from memory_kit import PlainTransport, RegisteringTransport
+
+from tensorferry.core import messages as m
+from tensorferry.core.carriers import Carriers, Reach
+from tensorferry.core.errors import (
+    BadCall,
+    ConfigError,
+    FerryError,
+    PeerUnreachable,
+    TransportError,
+    TransportMismatch,
+    TransportUnavailable,
+    VersionMismatch,
+)
+from tensorferry.core.memory import Memory
+from tensorferry.core.staging import Stagings
+from tensorferry.core.transport import CONTRACT_VERSION, Capabilities, PeerState, Region, Transport
+
+
+class Named(PlainTransport):
+    """A transport of any name and path. A peer is its descriptor; `states` says what becomes of it."""
+
+    def __init__(self, name: str, path: str = "tcp", *, refuse: FerryError | None = None) -> None:
+        super().__init__()
+        self.name = name  # type: ignore[misc]
+        self.way = path
+        self.way_to_peer = path
+        self.refuse = refuse
+        self.refuse_memory = False
+        self.states: dict[Any, PeerState] = {}
+        self.peers: list[Any] = []
+        self.closed = 0
+
+    def path(self, peer: Any = None) -> str:
+        return self.way if peer is None else self.way_to_peer
+
+    def describe(self) -> bytes:
+        return self.name.encode()
+
+    def register(self, memory: Memory) -> Region:
+        if self.refuse_memory:
+            raise TransportError("locked memory is limited", transport=self.name)
+        return super().register(memory)
+
+    def connect(self, descriptor: bytes) -> Any:
+        if self.refuse is not None:
+            raise self.refuse
+        assert descriptor == self.name.encode()
+        if "peer" not in self.peers:
+            self.peers.append("peer")
+        return "peer"
+
+    def disconnect(self, peer: Any) -> None:
+        self.peers.remove(peer)
+
+    def peer_state(self, peer: Any) -> PeerState:
+        return self.states.get(peer, PeerState.ALIVE)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Choosy(Named):
+    capabilities = replaced(PlainTransport.capabilities, allocates_targets=True)
+
+
+def hello(*offers: tuple[str, str] | m.Offer, slabs: int = 0) -> m.Hello:
+    regions = m.pack_regions((k, 7) for k in range(slabs))
+    made = [
+        o if isinstance(o, m.Offer) else m.Offer(o[0], CONTRACT_VERSION, o[1], o[0].encode(), regions) for o in offers
+    ]
+    return m.Hello(
+        src=5, dst=1, min_live=1, version=1, name="peer", layout=bytes(16), block_size=1, pool_blocks=slabs,
+        slabs=slabs, generations=m.pack_generations([1] * slabs), offers=tuple(made), revision=1, ack=0,
+    )  # fmt: skip
+
+
+def lanes(reach: Reach) -> list[str]:
+    return [lane.transport.name for lane in reach.lanes]
+
+
+def reasons(reach: Reach) -> dict[str, str]:
+    return {v.name: v.reason for v in reach.verdicts}
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [[], [Named("a"), Named("a")]])
+def test_transports_of_one_name_or_none_are_refused(given: Sequence[Transport]) -> None:
+    with pytest.raises(BadCall):
+        Carriers(given)
+
+
+def test_what_is_required_and_not_there_fails_closed() -> None:
+    with pytest.raises(TransportUnavailable, match=r"rdma is required.*a goes over tcp"):
+        Carriers([Named("a"), Named("b", "memcpy")], require="rdma")
+
+
+def test_what_cannot_take_the_required_path_is_not_offered() -> None:
+    carriers = Carriers([Named("a"), Named("b", "rdma")], require="rdma")
+    assert [offer.name for offer in carriers.offers()] == ["b"]
+    assert [v.name for v in carriers.rejected] == ["a"]
+
+
+def test_all_are_closed_even_if_one_of_them_raises(caplog: pytest.LogCaptureFixture) -> None:
+    class Bad(Named):
+        def close(self) -> None:
+            raise RuntimeError("no")
+
+    last = Named("z")
+    Carriers([Bad("a"), last]).close()
+    assert last.closed == 1
+    assert "a.close raised" in caplog.text
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_registered_with_every_transport_and_offered_by_each_ones_names() -> None:
+    one, other = Named("one"), Named("other")
+    other.register(other.allocate(64))  # so that the two do not number alike
+    carriers = Carriers([one, other])
+    slabs = [carriers.register(carriers.allocate(4096)) for _ in range(2)]
+    told = {offer.name: m.unpack_regions(offer.regions) for offer in carriers.offers(slabs)}
+    assert told == {name: [(s[name].id, s[name].generation) for s in slabs] for name in ("one", "other")}
+    assert told["one"] != told["other"]
+    carriers.retire(slabs[0])
+    assert (len(one.retired), len(other.retired)) == (1, 1)
+
+
+def test_the_pool_lies_where_the_one_that_must_make_it_says() -> None:
+    plain, choosy, second = Named("a", "rdma"), Choosy("b"), Choosy("c")
+    carriers = Carriers([plain, choosy, second])
+    made: list[int] = []
+    choosy.allocate = lambda nbytes, kind="cpu": made.append(nbytes) or PlainTransport.allocate(choosy, nbytes)  # type: ignore[method-assign, func-returns-value]
+    carriers.register(carriers.allocate(100))
+    assert made == [100]
+    assert [t.name for t in carriers.transports] == ["a", "b"]
+    assert second.closed == 1
+    assert "b comes first" in carriers.rejected[0].reason
+
+
+def test_a_transport_that_cannot_register_the_pool_is_not_used_and_the_others_go_on() -> None:
+    weak, strong = Named("weak", "rdma"), Named("strong")
+    weak.refuse_memory = True
+    carriers = Carriers([weak, strong])
+    assert list(carriers.register(carriers.allocate(64))) == ["strong"]
+    assert [offer.name for offer in carriers.offers()] == ["strong"]
+    assert "locked memory" in carriers.rejected[0].reason
+    assert weak.closed == 1
+
+
+def test_the_only_transports_refusal_is_the_callers() -> None:
+    alone = Named("alone")
+    alone.refuse_memory = True
+    carriers = Carriers(alone)
+    with pytest.raises(TransportError, match="locked memory"):
+        carriers.register(carriers.allocate(64))
+
+
+def test_transports_that_read_any_memory_share_one_staging() -> None:
+    class Registering(Named):
+        capabilities = Capabilities(registers_sources=True)
+
+    one, two, third = Named("one"), Named("two"), Registering("three")
+    stagings = Stagings(Carriers([one, two, third]), 4096)
+    assert stagings.of(one) is stagings.of(two) is not stagings.of(third)
+    assert (one.registered, third.registered) == (0, 1)
+    stage = stagings.of(third).take(100)
+    assert stage is not None
+    assert stagings.taken_bytes == 128
+    stagings.of(third).give(stage)
+    stagings.close()
+    assert len(third.retired) == 1
+
+
+def test_a_transport_that_cannot_register_its_staging_is_not_used() -> None:
+    class Registering(Named):
+        capabilities = Capabilities(registers_sources=True)
+
+    weak, strong = Registering("weak"), Named("strong")
+    weak.refuse_memory = True
+    carriers = Carriers([weak, strong])
+    Stagings(carriers, 4096)
+    assert carriers.transports == [strong]
+    with pytest.raises(TransportError):
+        Stagings(Carriers(_refusing(RegisteringTransport())), 4096)
+    with pytest.raises(ConfigError):
+        Stagings(carriers, 1)
+
+
+def _refusing(transport: RegisteringTransport) -> RegisteringTransport:
+    def register(memory: Memory) -> Region:
+        raise TransportError("no")
+
+    transport.register = register  # type: ignore[method-assign]
+    return transport
+
+
+# ---- reaching a peer ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_that_both_have_carries_and_the_rest_follows() -> None:
+    carriers = Carriers([Named("tcp"), Named("mooncake", "rdma"), Named("shm", "memcpy")])
+    reach = carriers.reach(hello(("shm", "memcpy"), ("tcp", "tcp"), ("acme", "x"), slabs=2), "peer")
+    assert lanes(reach) == ["shm", "tcp"]
+    assert reach.lane.regions == [(0, 7), (1, 7)]
+    assert reasons(reach) == {
+        "shm": "first choice: over memcpy",
+        "tcp": "follows shm: over tcp",
+        "mooncake": "the peer does not offer it",
+        "acme": "only the peer has it",
+    }
+
+
+def test_a_transport_that_does_not_reach_this_peer_gives_way_and_says_why() -> None:
+    carriers = Carriers(
+        [Named("shm", "memcpy", refuse=TransportMismatch("the peer runs on another host")), Named("tcp")]
+    )
+    reach = carriers.reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
+    assert lanes(reach) == ["tcp"]
+    assert reasons(reach)["shm"] == "the peer runs on another host"
+    assert reasons(reach)["tcp"] == "first choice of what is left: over tcp"
+    assert not reach.blind  # a mismatch holds for both sides: the peer cannot use it either
+
+
+def test_with_one_transport_its_own_error_is_told() -> None:
+    carriers = Carriers(Named("tcp", refuse=PeerUnreachable("no route to host")))
+    with pytest.raises(PeerUnreachable, match="no route to host"):
+        carriers.reach(hello(("tcp", "tcp")), "peer")
+
+
+def test_where_nothing_joins_the_sides_every_reason_is_told() -> None:
+    ours = [
+        Named("shm", "memcpy", refuse=TransportMismatch("another host")),
+        Named("tcp", refuse=PeerUnreachable("no")),
+    ]
+    with pytest.raises(TransportMismatch, match="shm: another host; tcp: no"):
+        Carriers(ours).reach(hello(("tcp", "tcp"), ("shm", "memcpy")), "peer")
+    with pytest.raises(TransportMismatch, match="this side has tcp, the peer offers shm"):
+        Carriers(Named("tcp")).reach(hello(("shm", "memcpy")), "peer")
+    with pytest.raises(TransportMismatch, match="the peer offers none"):
+        Carriers(Named("tcp")).reach(hello(), "peer")
+    with pytest.raises(VersionMismatch, match="contract 99"):
+        Carriers(Named("tcp")).reach(hello(m.Offer("tcp", 99, "tcp", b"", b"")), "peer")
+
+
+@pytest.mark.parametrize("regions", [b"torn", m.pack_regions([(0, 1)]), b""])
+def test_an_offer_that_names_other_slabs_than_the_hello_is_no_way(regions: bytes) -> None:
+    carriers = Carriers([Named("shm", "memcpy"), Named("tcp")])
+    odd = m.Offer("shm", CONTRACT_VERSION, "memcpy", b"shm", regions)
+    reach = carriers.reach(hello(odd, ("tcp", "tcp"), slabs=2), "peer")
+    assert lanes(reach) == ["tcp"]
+    assert reach.blind == ("shm",)
+
+
+def test_a_path_that_turns_out_otherwise_for_this_peer_is_refused_where_it_is_required() -> None:
+    engine = Named("mooncake", "rdma")
+    engine.way_to_peer = "tcp"
+    with pytest.raises(TransportMismatch, match="rdma is required, and the path to this peer is tcp"):
+        Carriers(engine, require="rdma").reach(hello(("mooncake", "rdma")), "peer")
+    assert not engine.peers  # and nothing is left of the attempt
+
+
+def test_what_connect_raises_against_the_contract_is_a_typed_error() -> None:
+    class Broken(Named):
+        def connect(self, descriptor: bytes) -> Any:
+            raise KeyError("engine")
+
+    with pytest.raises(TransportError, match="KeyError"):
+        Carriers(Broken("tcp")).reach(hello(("tcp", "tcp")), "peer")
+
+
+# ---- proofs ------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_free_only_when_every_way_is_proved_quiet() -> None:
+    one, other = Named("shm", "memcpy"), Named("tcp")
+    reach = Carriers([one, other]).reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
+    assert not reach.quiet
+    assert not reach.ended
+    one.states["peer"] = PeerState.GONE
+    assert reach.ended
+    assert not reach.quiet
+    other.states["peer"] = PeerState.GONE
+    assert reach.quiet
+
+
+def test_a_way_that_only_the_peer_may_have_rules_out_a_proof() -> None:
+    one, other = Named("shm", "memcpy"), Named("tcp", refuse=PeerUnreachable("we cannot see it; it may see us"))
+    reach = Carriers([one, other]).reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
+    one.states["peer"] = PeerState.GONE
+    assert reach.ended
+    assert not reach.quiet
+
+
+# ---- falling back ------------------------------------------------------------------------------------------------
+
+
+def test_the_next_in_line_carries_after_a_fall_back_and_a_newer_hello_does_not_change_that() -> None:
+    carriers = Carriers([Named("shm", "memcpy"), Named("tcp"), Named("acme", "x")])
+    said = hello(("shm", "memcpy"), ("tcp", "tcp"), ("acme", "x"))
+    reach = carriers.reach(said, "peer")
+    assert reach.fall_back("three writes failed")
+    assert lanes(reach) == ["tcp", "acme", "shm"]
+    assert [v.name for v in reach.verdicts] == ["tcp", "acme", "shm"]
+    assert reasons(reach)["shm"] == "the last resort: three writes failed"
+    again = carriers.reach(said, "peer", reach)
+    assert lanes(again) == ["tcp", "acme", "shm"]
+
+
+def test_a_named_transport_is_never_replaced() -> None:
+    reach = Carriers(Named("shm", "memcpy")).reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
+    assert not reach.fall_back("three writes failed")
+    assert lanes(reach) == ["shm"]
