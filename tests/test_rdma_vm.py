@@ -198,3 +198,9 @@ def test_interrupting_it_leaves_nothing_behind(prepared: None, tmp_path: Path) -
     assert (vm.returncode, said) == (130, "rdma-vm: interrupted\n")
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not any(str(tmp_path).encode() in command for command in commands)
+
+
+@pytest.mark.timeout(600)
+def test_mooncake_moves_data_over_verbs(prepared: None) -> None:
+    done = subprocess.run([CHECK], capture_output=True, text=True, timeout=590, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
