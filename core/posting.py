@@ -116,6 +116,14 @@ class Poster:
             for k in range(0, count, step):
                 line.append(Part(write, index + k, block + k, min(step, count - k), generation))
 
+    def reads(self, serial: int) -> bool:
+        """Rows of this transfer are being read, or will be: not those that were copied to a stage."""
+        waiting = any(part.write.serial == serial for line in self._lines.values() for part in line)
+        return waiting or any(
+            posted.part.write.serial == serial and not (posted.stage is not None and posted.stage.holds_rows)
+            for posted in self._posted.values()
+        )
+
     @property
     def busy(self) -> bool:
         """A post is under way, its outcome unknown, or waits for its turn."""
@@ -223,6 +231,8 @@ class Poster:
         if status is Status.UNKNOWN:
             if not posted.unknown:
                 posted.unknown = True
+                if posted.stage is not None and not drained:
+                    self.staging.of(transport).strand(posted.stage)
                 error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
                 self._went_wrong(receiver, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))

@@ -191,6 +191,8 @@ class Sender(Endpoint):
                 offer_status = "SUCCESS" if error is None else "FAILED"
                 transfer.error = error
                 transfer.status = type(transfer.status)(offer_status)
+                if serial in self._poster.sources and not self._poster.reads(serial):
+                    self._poster.sources[serial].release()  # a write that never drains must not pin the caller's rows
                 self._publish(transfer)
             case fx.Progressed(serial):
                 slot = self.machine._slot_of(serial)

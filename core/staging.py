@@ -6,21 +6,32 @@ reads registered memory alone (`registers_sources`), so do all rows: they are co
 A stage is taken for a grant after the grant arrived, and given back when the write has drained: that is the caller's
 duty, because only the caller knows. It is never held while waiting for anything else. So everything taken comes back,
 free pieces that touch merge, and once all is back there is one free piece of `max_take` bytes: a caller who queues
-first in, first out is served for any size up to that, whatever the order of what came before.
+first in, first out is served for any size up to that, whatever the order of what came before. What a write of unknown
+outcome may still read does not come back in time: `strand` puts fresh memory in its place.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from tensorferry.core.carriers import Carriers
-from tensorferry.core.errors import BadCall, ConfigError, TransportError
+from tensorferry.core.errors import BadCall, ConfigError, FerryError, TransportError
 from tensorferry.core.layout import SlabPlan, align
 from tensorferry.core.memory import Memory, host_memory
 from tensorferry.core.transport import Region, Transport
 
+log = logging.getLogger("tensorferry.sender")
+
 ALIGNMENT = 64
+
+
+STRANDED_SHARE = 0.5
+"""When more than this share of the staging waits for writes of unknown outcome, fresh memory takes its place."""
+
+MOST_ARENAS = 3
+"""Fresh memory twice, as the receiver's `quarantine_quota` allows its lost peers twice the pool; then writes wait."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +55,46 @@ class Stage:
         return self.memory.view(self.offset, self.nbytes)
 
 
+class _Arena:
+    """One piece of memory, and which parts of it are free."""
+
+    def __init__(self, local: Region | Memory, nbytes: int) -> None:
+        self.local = local
+        self.nbytes = nbytes
+        self.free = [(0, nbytes)]  # (start, stop), sorted; pieces never touch
+        self.taken: dict[int, Stage] = {}
+        self.stranded: set[int] = set()
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(stop - start for start, stop in self.free)
+
+    @property
+    def stranded_bytes(self) -> int:
+        return sum(align(self.taken[start].nbytes, ALIGNMENT) for start in self.stranded)
+
+    def take(self, nbytes: int) -> Stage | None:
+        size = align(nbytes, ALIGNMENT)
+        for place, (start, stop) in enumerate(self.free):
+            if stop - start >= size:
+                self.free[place : place + 1] = [(start + size, stop)] if start + size < stop else []
+                stage = self.taken[start] = Stage(self.local, start, nbytes)
+                return stage
+        return None
+
+    def give(self, stage: Stage) -> None:
+        del self.taken[stage.offset]
+        self.stranded.discard(stage.offset)
+        start, stop = stage.offset, stage.offset + align(stage.nbytes, ALIGNMENT)
+        place = bisect_left(self.free, (start, stop))
+        first, last = place, place
+        if place < len(self.free) and self.free[place][0] == stop:
+            stop, last = self.free[place][1], place + 1
+        if place > 0 and self.free[place - 1][1] == start:
+            start, first = self.free[place - 1][0], place - 1
+        self.free[first:last] = [(start, stop)]
+
+
 class Staging:
     """`nbytes` of staging, cut down to a multiple of 64 bytes. One thread only (the endpoint's I/O thread)."""
 
@@ -55,18 +106,16 @@ class Staging:
             raise ConfigError(f"staging of {nbytes} bytes holds nothing", hint=f"Give it at least {ALIGNMENT} bytes")
         self.holds_rows = transport.capabilities.registers_sources
         self._transport = transport
-        self._local: Region | Memory
-        if self.holds_rows:
-            self._local = transport.register(transport.allocate(self.max_take))
-        else:
-            self._local = host_memory(self.max_take)
-        self._free = [(0, self.max_take)]  # (start, stop), sorted; pieces never touch
-        self._taken: dict[int, Stage] = {}
+        self._arenas = [self._fresh()]  # the last one is taken from
         self._closed = False
 
     @property
     def free_bytes(self) -> int:
-        return sum(stop - start for start, stop in self._free)
+        return self._arenas[-1].free_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(arena.nbytes - arena.free_bytes for arena in self._arenas)
 
     def max_blocks(self, plan: SlabPlan, names: tuple[str, ...]) -> int:
         """The longest run of blocks of the components `names` that one stage can hold, at most the slab's blocks.
@@ -98,35 +147,55 @@ class Staging:
                 f"{nbytes} bytes never fit into staging of {self.max_take}",
                 hint="Raise the staging size, or write fewer blocks at once",
             )
-        size = align(nbytes, ALIGNMENT)
-        for place, (start, stop) in enumerate(self._free):
-            if stop - start >= size:
-                self._free[place : place + 1] = [(start + size, stop)] if start + size < stop else []
-                stage = self._taken[start] = Stage(self._local, start, nbytes)
-                return stage
-        return None
+        return self._arenas[-1].take(nbytes)
 
     def give(self, stage: Stage) -> None:
         """Give a stage back, after the write that read it has drained. Raises BadCall for one that is not taken
         (given back before, or of another staging), and changes nothing."""
-        if self._taken.get(stage.offset) is not stage:
-            raise BadCall(f"the stage at {stage.offset} is not taken: it was given back before, or is another's")
-        del self._taken[stage.offset]
-        start, stop = stage.offset, stage.offset + align(stage.nbytes, ALIGNMENT)
-        place = bisect_left(self._free, (start, stop))
-        first, last = place, place
-        if place < len(self._free) and self._free[place][0] == stop:
-            stop, last = self._free[place][1], place + 1
-        if place > 0 and self._free[place - 1][1] == start:
-            start, first = self._free[place - 1][0], place - 1
-        self._free[first:last] = [(start, stop)]
+        arena = self._arena_of(stage)
+        arena.give(stage)
+        if arena is not self._arenas[-1] and not arena.taken:
+            self._arenas.remove(arena)
+            self._retire(arena)
+
+    def strand(self, stage: Stage) -> None:
+        """The write that reads this stage has an unknown outcome: nobody can say when it comes back, if ever.
+
+        Where such stages hold most of the memory, fresh memory takes its place, so that a peer that was lost does not
+        stop the others: the stranded stay as they are until they are given. Raises BadCall as `give` does.
+        """
+        arena = self._arena_of(stage)
+        arena.stranded.add(stage.offset)
+        if arena is self._arenas[-1] and arena.stranded_bytes > STRANDED_SHARE * arena.nbytes:
+            if len(self._arenas) >= MOST_ARENAS:
+                log.error("writes of unknown outcome hold %d times the staging: others wait for them", MOST_ARENAS)
+                return
+            try:
+                self._arenas.append(self._fresh())
+            except (FerryError, OSError) as problem:
+                log.error("no fresh staging, others wait for writes of unknown outcome: %s", problem)
 
     def close(self) -> None:
-        """Retire the registration. Stages that are still out stay readable: they hold their memory. Idempotent."""
+        """Retire the registrations. Stages that are still out stay readable: they hold their memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            if isinstance(self._local, Region):
-                self._transport.retire(self._local)
+            for arena in self._arenas:
+                self._retire(arena)
+
+    def _fresh(self) -> _Arena:
+        if self.holds_rows:
+            return _Arena(self._transport.register(self._transport.allocate(self.max_take)), self.max_take)
+        return _Arena(host_memory(self.max_take), self.max_take)
+
+    def _retire(self, arena: _Arena) -> None:
+        if isinstance(arena.local, Region):
+            self._transport.retire(arena.local)
+
+    def _arena_of(self, stage: Stage) -> _Arena:
+        for arena in self._arenas:
+            if arena.taken.get(stage.offset) is stage:
+                return arena
+        raise BadCall(f"the stage at {stage.offset} is not taken: it was given back before, or is another's")
 
 
 class Stagings:
@@ -159,7 +228,7 @@ class Stagings:
 
     @property
     def taken_bytes(self) -> int:
-        return sum(s.max_take - s.free_bytes for s in {id(s): s for s in self._by_name.values()}.values())
+        return sum(staging.taken_bytes for staging in {id(s): s for s in self._by_name.values()}.values())
 
     def close(self) -> None:
         for staging in self._by_name.values():

@@ -14,7 +14,7 @@ from memory_kit import PlainTransport, RegisteringTransport
 from tensorferry.core.errors import BadCall, ConfigError
 from tensorferry.core.layout import SlabPlan, embedding_layout
 from tensorferry.core.memory import Memory
-from tensorferry.core.staging import ALIGNMENT, Stage, Staging
+from tensorferry.core.staging import ALIGNMENT, MOST_ARENAS, Stage, Staging
 from tensorferry.core.transport import Region
 
 
@@ -191,3 +191,75 @@ def test_the_longest_run_fits_and_one_more_block_would_not(nbytes: int, blocks: 
     assert count <= blocks
     if count < blocks:
         assert plan.stage_bytes(names, count + 1, rows=registering) > staging.max_take
+
+
+# ---- writes whose outcome nobody knows -----------------------------------------------------------------------
+
+
+def test_stages_of_lost_writes_do_not_stop_the_others() -> None:
+    transport = RegisteringTransport()
+    staging = Staging(transport, 1024)
+    lost = [taken(staging, 256) for _ in range(3)]
+    living = taken(staging, 256)
+    for stage in lost:
+        staging.strand(stage)
+    assert transport.registered == 2
+    whole = taken(staging, 1024)
+    assert whole.local is not living.local
+    staging.give(living)
+    assert not transport.retired  # three lost writes may still read it
+    for stage in lost:
+        staging.give(stage)
+    assert [region.memory for region in transport.retired] == [lost[0].memory]
+    staging.give(whole)
+    assert staging.taken_bytes == 0
+    staging.close()
+    assert len(transport.retired) == 2
+
+
+def test_one_lost_write_of_many_costs_no_fresh_memory() -> None:
+    transport = RegisteringTransport()
+    staging = Staging(transport, 1024)
+    staging.strand(taken(staging, 512))
+    assert transport.registered == 1
+    assert staging.take(1024) is None
+    assert staging.take(512) is not None
+
+
+def test_what_lost_writes_can_hold_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    transport = RegisteringTransport()
+    staging = Staging(transport, 1024)
+    lost = []
+    for _ in range(MOST_ARENAS):
+        lost.append(taken(staging, 1024))
+        staging.strand(lost[-1])
+    assert transport.registered == MOST_ARENAS
+    assert staging.take(64) is None
+    assert "hold 3 times the staging" in caplog.text
+    staging.give(lost[-1])
+    assert staging.take(1024) is not None
+
+
+def test_without_fresh_memory_writes_wait_for_the_lost_ones(caplog: pytest.LogCaptureFixture) -> None:
+    transport = RegisteringTransport()
+    staging = Staging(transport, 1024)
+    lost = taken(staging, 1024)
+    staging._transport = refusing = PlainTransport()
+    refusing.allocate = no_memory  # type: ignore[method-assign]
+    staging.strand(lost)
+    assert "no fresh staging" in caplog.text
+    assert staging.take(64) is None
+    staging.give(lost)
+    assert staging.take(1024) is not None
+
+
+def no_memory(nbytes: int, kind: str = "cpu") -> Memory:
+    raise OSError("no memory")
+
+
+def test_a_stage_that_is_back_cannot_be_stranded() -> None:
+    staging = Staging(PlainTransport(), 1024)
+    stage = taken(staging, 64)
+    staging.give(stage)
+    with pytest.raises(BadCall):
+        staging.strand(stage)
