@@ -200,7 +200,8 @@ class Link:
         self._out: deque[memoryview] = deque()
         self._replies = bytearray()
         self._progress = 0.0
-        self._winding = False
+        self.winding = False
+        """The transport closes: nothing more is begun. Set by any thread, before `wind_down` is called on the lane's."""
 
     # ---- commands ----------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Link:
         self._settle(time.monotonic())
 
     def submit(self, part: Part) -> None:
-        if self._dead or self._winding:
+        if self._dead or self.winding:
             self._end_part(part, placed=False)
             return
         self._waiting.append(part)
@@ -234,7 +235,7 @@ class Link:
 
     def wind_down(self) -> None:
         """The transport closes: begin nothing more, and wait for the answers to what has begun."""
-        self._winding = True
+        self.winding = True
         self._keep_up = False
         self._progress = max(self._progress, time.monotonic())
         waiting, self._waiting = self._waiting, deque()
@@ -275,10 +276,10 @@ class Link:
         return self._progress + self._patience() if self.busy else math.inf
 
     def _patience(self) -> float:
-        return min(WIND_DOWN_S, self._route.limits.io) if self._winding else self._route.limits.io
+        return min(WIND_DOWN_S, self._route.limits.io) if self.winding else self._route.limits.io
 
     def _wanted(self) -> bool:
-        return not self._dead and bool(self._keep_up or self._waiting or (self._lost and not self._winding))
+        return not self._dead and bool(self._keep_up or self._waiting or (self._lost and not self.winding))
 
     def _settle(self, now: float) -> None:
         """Dial if there is reason to; hang up if there is none left."""
@@ -476,7 +477,7 @@ class Link:
     def _begin_frame(self) -> bool:
         part = self._current
         while part is None:
-            if not self._waiting:
+            if not self._waiting or self.winding:
                 return False
             part = self._waiting.popleft()
             if part.post.cancelled:
@@ -486,7 +487,7 @@ class Link:
         if not part.begun:
             self._parts += 1
             part.number, part.begun = self._parts, True
-        elif part.post.cancelled or self._winding:
+        elif part.post.cancelled or self.winding:
             part.pieces.clear()
             self._out.append(memoryview(wire.pack_frame(wire.Frame(wire.Kind.ABORT, True, part.number, 0, 0, 0, 0))))
         if part.pieces:

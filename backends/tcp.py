@@ -383,6 +383,8 @@ class TcpTransport(HostTransport[Post]):
         for region in self._live.values():
             fenced &= self._harbor.withdraw((region.id, region.generation), max(0.0, deadline - time.monotonic()))
         self._live.clear()
+        for link in self._links:
+            link.winding = True
         farewell = partial(_farewell, self._harbor, list(self._links), fenced)
         for lane in self._lanes:
             lane.suggest(partial(_wind_down, lane, [link for link in self._links if link.lane is lane], farewell))

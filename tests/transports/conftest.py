@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorferry.backends import _copier
+from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.core.transport import Status, Transport
 
@@ -63,6 +63,7 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Brake]]:
     def put_on() -> Brake:
         brakes.append(Brake())
         monkeypatch.setattr(_copier, "memmove", brakes[-1].memmove)
+        monkeypatch.setattr(_tcp_link, "transmit", brakes[-1].transmit)
         monkeypatch.setattr(Engine, "submit", partialmethod(_submit, brakes[-1]))
         return brakes[-1]
 

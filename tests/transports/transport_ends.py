@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tensorferry.backends import _copier
+from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.backends.tcp import TcpOptions, TcpTransport
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
 
@@ -91,6 +93,8 @@ OPENERS: dict[str, Callable[[], Transport]] = {
     "memory": lambda: MemoryTransport(MemoryOptions()),
     "mooncake": lambda: MooncakeTransport(MooncakeOptions(host="127.0.0.1")),
     "shm": lambda: ShmTransport(ShmOptions()),
+    # One connection: tests hold one post back and expect the next one to wait behind it.
+    "tcp": lambda: TcpTransport(TcpOptions(connections=1)),
 }
 
 
@@ -102,13 +106,16 @@ def need(kind: str) -> None:
 
 def told_to_stop(transport: Transport) -> bool:
     """`close` has reached the thread that moves bytes."""
+    if isinstance(transport, TcpTransport):
+        return all(link.winding for link in transport._links)
     mover = getattr(transport, "_copier", None) or getattr(transport, "_poster", None)
     return bool(getattr(mover, "_stopping", False))
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *transports: Transport) -> None:
-    """Let these transports move so many bytes at a time: a chunk of the copier, a submit to the engine."""
+    """Let these transports move so many bytes at a time: a chunk of the copier or for a socket, a submit to the engine."""
     monkeypatch.setattr(_copier, "CHUNK_BYTES", nbytes)
+    monkeypatch.setattr(_tcp_link, "CHUNK_BYTES", nbytes)
     for transport in transports:
         if isinstance(transport, MooncakeTransport):
             monkeypatch.setattr(transport, "_submit_bytes", nbytes)
@@ -116,7 +123,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *transports: Transpo
 
 @dataclass
 class Brake:
-    """Holds back every chunk that a copier wants to copy or the engine is to write, until it is let go."""
+    """Holds back every chunk that a copier wants to copy, a socket or the engine is to write, until it is let go."""
 
     waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -137,6 +144,13 @@ class Brake:
         self.chunks += 1
         return ORIGINAL_SUBMIT(engine, session, source, target, nbytes)
 
+    def transmit(self, connection: socket.socket, buffers: Sequence[memoryview]) -> int:
+        if not self.off:
+            self.waiting.release()
+            assert self.go.acquire(timeout=PATIENCE_S)
+        self.chunks += 1
+        return ORIGINAL_TRANSMIT(connection, buffers)
+
     def until_held(self) -> None:
         assert self.waiting.acquire(timeout=PATIENCE_S), "no copy came"
 
@@ -150,6 +164,7 @@ class Brake:
 
 ORIGINAL = _copier.memmove
 ORIGINAL_SUBMIT = Engine.submit
+ORIGINAL_TRANSMIT = _tcp_link.transmit
 
 
 class Process:
