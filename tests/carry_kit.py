@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from command_kit import environment
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 PATIENCE = 60
 """Seconds. A bound on a hang; no step waits for it."""
 
-SLOW = ("--pool-blocks", "1", "--first-grant", "8")
+SLOW = "--pool-blocks 1 --first-grant 8"
 """With blocks of 8 tokens and `long_file`: 25,000 rounds, which take seconds. What a test does meanwhile is in time."""
 
 
@@ -40,81 +41,63 @@ def paste(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 class Sending:
-    """A `tensorferry send` that has said what to paste."""
+    """A `tensorferry send` that has said what to paste. `said`: the lines of standard output so far."""
 
-    def __init__(self, process: subprocess.Popen, said: list[str]) -> None:
+    def __init__(self, process: subprocess.Popen, command: str, said: list[str]) -> None:
         self.process = process
-        self.command = next(line for line in said if line.startswith("tensorferry receive"))
-        self.address = self.command.split()[5]
+        self.command = command
+        self.address = command.split()[5]
         self.said = said
 
     def until(self, words: str) -> None:
         """Read on to a line with these words."""
-        stream = self.process.stdout
-        for line in iter(stream.readline, ""):
-            self.said.append(line.rstrip("\n"))
-            if words in line:
-                return
-        raise AssertionError(f"ended without {words!r}: {self.said} {self.process.stderr.read()}")
+        read_until(self.process, self.process.stdout, words, self.said)
 
     def end(self) -> tuple[int, str, str]:
-        """Exit status, all of standard output, standard error."""
+        """Exit status, all of standard output, the rest of standard error."""
         out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, "\n".join([*self.said, out]), err
 
 
+def read_until(process: subprocess.Popen, stream: IO[str], words: str, said: list[str]) -> str:
+    """Read a stream to a line with these words; its lines go to `said`."""
+    for line in iter(stream.readline, ""):
+        said.append(line.rstrip("\n"))
+        if words in line:
+            return said[-1]
+    raise AssertionError(f"ended without {words!r}: {said} {process.communicate(timeout=PATIENCE)}")
+
+
 @contextmanager
-def sending(file: Path, *args: str, room: int = 17) -> Iterator[Sending]:
-    as_json = "json" in args
+def started(words: list[str], folder: Path) -> Iterator[subprocess.Popen]:
     with subprocess.Popen(
-        [sys.executable, "-m", "tensorferry", "send", file.name, "--room", str(room), *args],
-        cwd=file.parent,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        words, cwd=folder, env=shell_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            said = []
-            for line in process.stderr if as_json else process.stdout:
-                said.append(line.rstrip("\n"))
-                if line.startswith("tensorferry receive"):
-                    break
-            else:
-                raise AssertionError(f"no command was printed: {said} {process.communicate()}")
-            yield Sending(process, [] if as_json else said) if not as_json else _quiet(process, said)
+            yield process
         finally:
             process.kill()
 
 
-def _quiet(process: subprocess.Popen, said: list[str]) -> Sending:
-    found = Sending(process, said)
-    found.said = []
-    return found
+@contextmanager
+def sending(file: Path, *args: str) -> Iterator[Sending]:
+    """`tensorferry send FILE --room 17`, once it has printed the other side's command."""
+    with started(
+        [sys.executable, "-m", "tensorferry", "send", file.name, "--room", "17", *args], file.parent
+    ) as process:
+        said: list[str] = []
+        as_json = "json" in args
+        stream = process.stderr if as_json else process.stdout
+        command = read_until(process, stream, "tensorferry receive", said)
+        yield Sending(process, command, [] if as_json else said)
 
 
 @contextmanager
 def receiving(command: str, folder: Path, until: str) -> Iterator[subprocess.Popen]:
-    """The printed command as a process of its own (signals reach it, and no shell), once it has said `until`."""
-    with subprocess.Popen(
-        ["sh", "-c", f"exec {command}"],
-        cwd=folder,
-        env=shell_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if until in line:
-                    break
-            else:
-                raise AssertionError(f"ended without {until!r}: {said} {process.stderr.read()}")
-            yield process
-        finally:
-            process.kill()
+    """A command line as a process of its own (signals reach it, and no shell), once it has said `until`."""
+    with started(["sh", "-c", f"exec {command}"], folder) as process:
+        read_until(process, process.stdout, until, [])
+        yield process
 
 
 def small_file(path: Path, tokens: int = 300) -> Path:

@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tensorferry as tf
-from tensorferry import schemas
-from tensorferry.commands.carrying import Note
+from tensorferry import cli, schemas
+from tensorferry.commands import receive
+from tensorferry.commands.carrying import RECEIPTS, Note
+from tensorferry.commands.table import Column, Table
 
 QUICK = ("--peer-timeout", "1.5", "--heartbeat", "0.3")
 
@@ -92,6 +94,16 @@ def test_as_json_both_sides_print_one_object(tmp_path):
     # The settings travel in the command: the receiver's rounds are those that the sender's flags ask for.
     assert [entry["tokens"] for entry in received["rounds"]] == [1024, 1976]
     assert received["sent_tokens"] == [1024, 3000]
+    for name, good, spoilt in (
+        ("receive", received, {"status": "failed"}),
+        ("receive", received, {"digest": None}),
+        ("receive", received, {"error": {"code": "x", "cause": "x", "hint": ""}}),
+        ("send", sent, {"command": None}),
+        ("send", sent, {"status": "fine"}),
+        ("send", sent, {"served": -1}),
+        ("send", sent, {"digest": "md5:0"}),
+    ):
+        assert not Draft202012Validator(schemas.load(name)).is_valid(good | spoilt), spoilt
 
 
 def test_several_receivers_one_after_the_other(tmp_path):
@@ -149,7 +161,7 @@ def test_a_terminal_gets_a_bar_that_moves(tmp_path):
 def test_a_receiver_that_is_killed_leaves_nothing_and_can_be_run_again(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--block-size", "8", *QUICK) as sender:
-        with receiving(f"{sender.command} {shlex.join(SLOW)}", tmp_path, "of 200000 tokens") as receiver:
+        with receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver:
             receiver.kill()
             receiver.wait(PATIENCE)
         assert listing(tmp_path) == ["clip.safetensors"]
@@ -165,7 +177,7 @@ def test_an_interrupted_receive_leaves_nothing_and_the_sender_goes_on(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--count", "0", "--block-size", "8") as sender:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            with receiving(f"{sender.command} {shlex.join(SLOW)}", tmp_path, "of 200000 tokens") as receiver:
+            with receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver:
                 receiver.send_signal(number)
                 _, errors = receiver.communicate(timeout=PATIENCE)
             assert receiver.returncode == 1
@@ -185,7 +197,7 @@ def test_an_interrupted_receive_leaves_nothing_and_the_sender_goes_on(tmp_path):
 def test_a_disk_that_fills_leaves_nothing(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--block-size", "8", "--count", "1") as sender:
-        done = paste(f"ulimit -f 100; {sender.command} --pool-blocks 64 --format json", tmp_path)
+        done = paste(f"ulimit -f 100; {sender.command} --pool-blocks 1024 --format json", tmp_path)
         assert checked("receive", done.stdout)["error"]["code"] == "cannot_write"
         assert done.returncode == 1
         assert listing(tmp_path) == ["clip.safetensors"]
@@ -197,15 +209,16 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path):
 def test_a_sender_that_is_restarted_at_its_address_goes_on_where_it_was(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     flags = ("--bind", f"127.0.0.1:{free_port()}", "--block-size", "8")
-    with sending(file, *flags) as sender:
-        command = f"{sender.command} --pool-blocks 8 --first-grant 8 --format json"
-        with receiving(f"{command.removesuffix(' --format json')}", tmp_path, "of 200000 tokens") as receiver:
-            sender.process.kill()
-            sender.process.wait(PATIENCE)
-            with sending(file, *flags) as successor:
-                out, errors = receiver.communicate(timeout=PATIENCE)
-                assert receiver.returncode == 0, out + errors
-                assert successor.end()[0] == 0
+    with (
+        sending(file, *flags) as sender,
+        receiving(sender.command, tmp_path, "of 200000 tokens") as receiver,
+    ):
+        sender.process.kill()
+        sender.process.wait(PATIENCE)
+        with sending(file, *flags) as successor:
+            out, errors = receiver.communicate(timeout=PATIENCE)
+            assert receiver.returncode == 0, out + errors
+            assert successor.end()[0] == 0
     assert (tmp_path / "clip.received.safetensors").read_bytes() == file.read_bytes()
 
 
@@ -272,6 +285,22 @@ def program(tmp_path):
         yield sender, [*args, "-o", str(tmp_path / "out"), "--format", "json"]
 
 
+def test_an_interrupt_after_the_file_is_written_does_not_deny_it(monkeypatch, program, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(receive, "_give_receipt", interrupted)
+    sender, args = program
+    rows = torch.ones(10, 4)
+    table = Table([Column("x", "float32", (4,))])
+    digest = table.digest(10, {"x": memoryview(rows.numpy().tobytes())})
+    sender.send(5, x=rows, aux=Note(digest, RECEIPTS | 5).words())
+    assert cli.main(args) == 0
+    found = checked("receive", capsys.readouterr().out)
+    assert (found["status"], found["verified"], found["receipt"]) == ("ok", True, False)
+    assert listing(tmp_path) == ["out"]
+
+
 def test_rows_with_another_digest_are_not_written(program, tmp_path):
     sender, args = program
     sender.send(5, x=torch.ones(10, 4), aux=Note(b"not the digest !", 0).words())
@@ -306,6 +335,36 @@ def test_without_a_layout_receive_teaches(tmp_path):
     assert done.returncode == 2
     assert "--layout is missing" in done.stderr
     assert "`tensorferry send` prints" in done.stderr
+    args = ["--layout", "x:float32", "--layout-from", "x", "-o", str(tmp_path / "out")]
+    done = tensorferry("receive", "--room", "1", "--from", "127.0.0.1:1", *args, "--format", "json")
+    assert (done.returncode, checked("receive", done.stdout)["error"]["code"]) == (2, "bad_flag")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["send", "x.safetensors"],
+        ["send", "--room", "1"],
+        ["send", "x.safetensors", "--room", "-1"],
+        ["send", "x.safetensors", "--room", str(1 << 62)],
+        ["send", "x.safetensors", "--room", "1", "--count", "-1"],
+        ["send", "x.safetensors", "--room", "1", "--timeout", "soon"],
+        ["send", "x.safetensors", "--room", "1", "--option", "bind"],
+        ["receive", "--room", "1", "--from", "127.0.0.1:1", "--layout", "x:float32"],
+        ["receive", "--room", "1", "--layout", "x:float32", "-o", "out"],
+        ["receive", "--room", "1", "--from", "127.0.0.1:1", "--layout", "x", "-o", "out"],
+        ["receive", "--room", "1", "--from", "127.0.0.1:1", "--layout", "x:int8", "-o", "out", "--metadata", "x"],
+    ],
+)
+def test_wrong_usage_is_status_2_with_a_hint(args, capsys):
+    try:
+        status = cli.main(args)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    assert "hint:  " in said.err
 
 
 @pytest.mark.parametrize("command", ["send", "receive"])

@@ -83,7 +83,7 @@ class Drawn(View):
         self._progress.start()
 
     def line(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def wait(self, text: str) -> None:
         if self._moving or self._task is None:

@@ -114,13 +114,13 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
             with NewFile(args.output, force=args.force) as file:
                 view = view_for(out)
                 _receive(args, settings, options, table, metadata, file, report, view)
-        report["status"] = "ok"
     except FerryError as caught:
         error = caught
         if isinstance(error, LayoutMismatch):
             error.hint = "Paste the command that `tensorferry send` prints: its --layout describes the file"
     except KeyboardInterrupt:
-        error = Cancelled("interrupted", hint=f"{args.output} was not written; run the command again")
+        if report["status"] != "ok":  # else the file is there, and only the receipt was cut short
+            error = Cancelled("interrupted", hint=f"{args.output} was not written; the command can be run again")
     finally:
         view.close()
     if error is not None:
@@ -177,6 +177,7 @@ def _receive(
         view.wait(f"writing {args.output}")
         _write(table, tokens, result, metadata, file)
         file.publish()
+        report["status"] = "ok"
         if note is not None and note.receipt:
             report["receipt"] = _give_receipt(receiver, sender, note.receipt)
 

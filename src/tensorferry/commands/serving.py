@@ -78,7 +78,8 @@ class Serving:
         with tf.Sender(self.file.table.layout, bind=bind, options=options, **given) as sender:
             self.address = sender.address
             self.addresses, self.only_here = _reachable(sender.address)
-            announce(self)
+            self._keep_on_offer(sender)
+            announce(self)  # not before: whoever pastes the command at once finds the room
             last = None if timeout is None else time.monotonic() + timeout
             while not self.count or self.served < self.count:
                 self._keep_on_offer(sender)
