@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,19 @@ class Target:
     contact: Contact | None = None
     not_before: float = 0.0
     """It is asked again only then; and a post waits for the answer from then on."""
+    looked_at_all: float = 0.0
+    _watching: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
         return session_name(self.told.address, self.told.port)
 
     def ended(self) -> bool:
-        return self.watch is not None and self.watch.ended()
+        """Its process has ended. From any thread: a watch is for one at a time."""
+        if self.watch is None:
+            return False
+        with self._watching:
+            return self.watch.ended()
 
 
 @dataclass(eq=False, slots=True)
@@ -64,9 +71,13 @@ class Job:
 
     @property
     def drained(self) -> bool:
-        """Nothing of it can land any more: by the peer's word, or because the peer's process has ended."""
+        """Nothing of it can land any more: by the peer's word, or because the peer's process has ended.
+
+        In the second case the engine may be trying still, over RDMA for minutes. What it then sends reaches nobody, so
+        the source may be written to again; it stays mapped (`keep`) until the engine has done with it.
+        """
         if self.status is Status.UNKNOWN:
-            return self.quiet and self.target.ended()
+            return self.target.ended()
         return self.status is not Status.PENDING
 
 
@@ -75,7 +86,6 @@ class Submit:
     job: Job
     nbytes: int
     since: float
-    late: bool = False
 
 
 Segment = tuple[object, int, int, int, int]

@@ -6,7 +6,7 @@ How a post ends. DONE: every submit of it was acknowledged. FAILED: some of it w
 be reached, it was cancelled, the transport closed) and all that was submitted is done, so nothing is under way.
 UNKNOWN: a submit failed, or was not over in time. The engine says -1 for a refusal, a lost peer and a time-out alike,
 and after a time-out the bytes that it had sent lie in the peer's kernel and land when the peer goes on. So only the
-end of the peer's process drains such a post, and its source is kept until the engine has let go of it.
+end of the peer's process drains such a post, and its source is kept until then.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ log = logging.getLogger("tensorferry.backends.mooncake")
 
 POLL_S = 0.0005
 """Between two looks at what is under way. Looking costs the GIL: a spin here would take a core from the application."""
+
+LOOK_AT_ALL_S = 0.005
+"""Between two looks at all that is under way, instead of at the oldest that is not over."""
 
 WATCH_S = 0.1
 """Between two looks at peers of whom a post's outcome is not known."""
@@ -128,9 +131,10 @@ class Poster:
             return
 
     def _pause(self) -> float | None:
-        if any(target.under_way for target in self._targets):
+        under_way = [submit.job for target in self._targets for submit in target.under_way.values()]
+        if any(job.status is Status.PENDING for job in under_way):
             return POLL_S
-        waits = [WATCH_S] if any(job.target.watch is not None for job in self._lost) else []
+        waits = [WATCH_S] if under_way or any(job.target.watch is not None for job in self._lost) else []
         now = time.monotonic()
         for target in self._targets:
             if target.jobs:
@@ -160,8 +164,15 @@ class Poster:
     # ---- what is under way -------------------------------------------------------------------------------
 
     def _poll(self, target: Target, now: float) -> None:
+        all_of_them = now - target.looked_at_all > LOOK_AT_ALL_S
+        if all_of_them:
+            target.looked_at_all = now
         for batch, submit in list(target.under_way.items()):
             code, age = self._engine.status(batch), now - submit.since
+            if code == 0 and target.ended():
+                self._lose(submit.job)  # nothing to wait for; over RDMA the engine would for minutes
+            elif code == 0 and not all_of_them:
+                return  # they end about in order, and each look may cost a wait for the GIL
             if code in (1, -1):
                 del target.under_way[batch]
                 submit.job.under_way -= 1
@@ -170,8 +181,8 @@ class Poster:
                     self._suspect(target)
                     self._lose(submit.job)
                 self._settle(submit.job)
-            elif age > self._limits.transfer_s + submit.nbytes / 1e9 and not submit.late:
-                submit.late = True  # and polled on: the engine still reads its source
+            elif age > self._limits.transfer_s + submit.nbytes / 1e9 and submit.job.status is Status.PENDING:
+                # It is polled on: the engine still reads its source.
                 log.warning("a submit to %s is not over after %.1f s", target.name, age)
                 self._suspect(target)
                 self._lose(submit.job)
@@ -215,7 +226,8 @@ class Poster:
         """Wake the owner when the death of a peer drains what was not known of."""
         for job in [job for job in self._lost if job.drained]:
             self._lost.remove(job)
-            job.keep = ()
+            if job.quiet:
+                job.keep = ()
             self._tell()
 
     # ---- what waits --------------------------------------------------------------------------------------

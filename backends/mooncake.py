@@ -241,10 +241,10 @@ class MooncakeTransport(HostTransport[Job]):
         self._check_peer(peer)
         if peer.gone:
             return PeerState.GONE
-        watch = peer.target.watch
-        if watch is None:
+        target: Target = peer.target
+        if target.watch is None:
             return PeerState.UNKNOWN
-        if not watch.ended():
+        if not target.ended():
             return PeerState.ALIVE
         if not peer.traceable:
             return PeerState.UNKNOWN

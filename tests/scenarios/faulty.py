@@ -8,7 +8,9 @@ from itertools import count
 from typing import Any
 
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.backends.tcp import TcpOptions, TcpTransport
 from tensorferry.core.errors import PeerUnreachable, TransportError
 from tensorferry.core.transport import Copy, Status, Transport
 
@@ -107,7 +109,22 @@ class FaultyShm(Faulty, ShmTransport):
         super().__init__(ShmOptions())
 
 
-FAULTY: dict[str, type[FaultyMemory] | type[FaultyShm]] = {"memory": FaultyMemory, "shm": FaultyShm}
+class FaultyMooncake(Faulty, MooncakeTransport):
+    def __init__(self) -> None:
+        super().__init__(MooncakeOptions())
+
+
+class FaultyTcp(Faulty, TcpTransport):
+    def __init__(self) -> None:
+        super().__init__(TcpOptions())
+
+
+FAULTY: dict[str, type[FaultyMemory] | type[FaultyMooncake] | type[FaultyShm] | type[FaultyTcp]] = {
+    "memory": FaultyMemory,
+    "mooncake": FaultyMooncake,
+    "shm": FaultyShm,
+    "tcp": FaultyTcp,
+}
 
 
 def from_post(first: int, what: str, times: int = 1 << 60) -> Callable[[int], str]:

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import pytest
 import torch
 from memory_kit import random_rows, same_bytes
 
 import tensorferry as tf
+from tensorferry.backends.mooncake import MooncakeTransport
 from tensorferry.core.allocator import Choose, lowest_runs
 from tensorferry.core.transport import Transport
 
-KINDS = ("memory", "shm")
+KINDS = ("memory", "mooncake", "shm", "tcp")
 
 LAYOUT = tf.embedding_layout(64)
 """A hidden size of 64: at 128 tokens a block one component lies on its own, and two travel packed."""
@@ -168,6 +170,8 @@ class Quay:
         sender_settings: Mapping[str, object] | None = None,
         **settings: object,
     ) -> None:
+        if kind == "mooncake" and not (probe := MooncakeTransport.probe()).usable:
+            pytest.skip(f"needs mooncake: {probe.reason}")
         self.kind, self.layout, self.ranks, self.choose, self.clean = kind, layout, ranks, choose, clean
         self.poison = poison
         self.settings: dict[str, object] = {"window": "rounds", "staging_bytes": 1 << 20, **settings}

@@ -57,7 +57,7 @@ def test_rows_may_be_put_in_pieces_of_any_size(kind: str, pieces: list[int], win
 def test_many_small_pieces_in_a_large_block_are_no_trouble(kind: str) -> None:
     """More pieces in one block than a transport takes copies in one post."""
     total = 1500
-    with Quay(kind, layout=RICH, block_size=2048, pool_blocks=2) as quay:
+    with Quay(kind, layout=RICH, block_size=2048, pool_blocks=2, staging_bytes=16 << 20) as quay:
         given = rows(total, layout=RICH)
         sending, receiving = quay.sender.announce(1, total), quay.receive()
         for at in range(total):

@@ -46,7 +46,11 @@ def expected_statuses(rounds: Rounds) -> list[str]:
 
 @CASES
 @pytest.mark.parametrize(
-    ("kind", "chooser"), [*(("memory", name) for name in CHOOSERS), ("shm", "best-fit"), ("shm", "random")]
+    ("kind", "chooser"),
+    [
+        *(("memory", name) for name in CHOOSERS),
+        *((kind, how) for kind in ("mooncake", "shm", "tcp") for how in ("best-fit", "random")),
+    ],
 )
 def test_every_length_arrives_in_the_rounds_that_its_grants_allow(
     kind: str, chooser: str, total: int, first_grant: int, pool: int, rounds: Rounds, seen: Any

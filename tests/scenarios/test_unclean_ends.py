@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from faulty import BREAK, FAIL, FAULTY, HOLD, LOSE, MUTE, RAISE, TEAR, WRITE, fr
 from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, books, eventually, rows
 
 from tensorferry import errors
-from tensorferry.backends import _copier
+from tensorferry.backends import _copier, _tcp_link
+from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.core.transport import PeerState
 
 QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 0.8}
@@ -20,6 +23,10 @@ QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 0.8}
 
 TOKENS, BLOCK = 1000, 16  # 63 blocks, through a pool of 8: 8 rounds
 ROUNDS: dict[str, object] = {"block_size": BLOCK, "pool_blocks": 8, "first_grant": 64, "layout": SMALL}
+
+
+ENDS_SEEN = pytest.mark.parametrize("kind", ["memory", "shm"], indirect=True)
+"""Transports that prove the end of one of two in the same process: the others prove the end of processes alone."""
 
 
 def faulty_quay(kind: str, **more: Any) -> Quay:
@@ -106,15 +113,28 @@ def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
 ) -> None:
     """F3 under a copy that has begun and hangs: its bytes come when the block has been given to somebody else."""
     held, go = threading.Event(), threading.Event()
-    move = _copier.memmove
+    move, submit, transmit = _copier.memmove, Engine.submit, _tcp_link.transmit
 
     def hang_first(destination: int, source: int, nbytes: int) -> object:
+        hang()
+        return move(destination, source, nbytes)
+
+    def hang_first_submit(engine: Engine, session: str, source: int, target: int, nbytes: int) -> int:
+        hang()
+        return submit(engine, session, source, target, nbytes)
+
+    def hang_first_transmit(connection: socket.socket, buffers: Sequence[memoryview]) -> int:
+        hang()
+        return transmit(connection, buffers)
+
+    def hang() -> None:
         if not held.is_set():
             held.set()
             assert go.wait(PATIENCE)
-        return move(destination, source, nbytes)
 
     monkeypatch.setattr(_copier, "memmove", hang_first)
+    monkeypatch.setattr(Engine, "submit", hang_first_submit)
+    monkeypatch.setattr(_tcp_link, "transmit", hang_first_transmit)
     with Quay(kind, **ROUNDS, **QUICK, slabs=4, choose=CHOOSERS["lowest-first"]) as quay:
         slow = quay.sender.send(1, **rows(TOKENS, seed=1, layout=SMALL))
         given_up = quay.receive(1)
@@ -327,6 +347,8 @@ def introduced(quay: Quay) -> None:
     for known in quay.receiver._known.values():
         if quay.kind == "shm":
             eventually(lambda link=known.reach.lane.peer.link: link._welcomed)
+        elif quay.kind == "tcp":
+            eventually(lambda link=known.reach.lane.peer.links[0]: link.up)
 
 
 # ---- restarts --------------------------------------------------------------------------------------------------
@@ -404,6 +426,7 @@ def test_a_sender_that_does_not_come_back_is_lost_within_the_timeout(kind: str) 
         assert_clean(quay.receiver)
 
 
+@ENDS_SEEN
 def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(kind: str) -> None:
     """F4: no slab has to be replaced, and other senders' rooms go on."""
     with faulty_quay(kind, **QUICK, clean=False) as quay:
@@ -563,6 +586,7 @@ def test_a_transfer_that_stalls_ends_at_its_deadline_on_both_sides(kind: str, wh
                 transfer.wait(PATIENCE)
 
 
+@ENDS_SEEN
 def test_the_state_of_a_crashed_endpoint_is_provable(kind: str) -> None:
     """What the tests above rely on: the transports of this suite notice an end."""
     with Quay(kind, **ROUNDS, clean=False) as quay:
