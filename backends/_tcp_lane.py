@@ -60,7 +60,7 @@ class Lane:
         """Once set: asked at each turn whether the lane may end. Its last act before the thread does."""
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._commands: SimpleQueue[tuple[Callable[[], None], Callable[[str], None]]] = SimpleQueue()
         self._ended = False
         self._stopping = False
         self._timed: set[Served] = set()
@@ -77,12 +77,12 @@ class Lane:
 
     # ---- any thread --------------------------------------------------------------------------------------
 
-    def suggest(self, command: Callable[[], None]) -> bool:
-        """Run `command` on this lane's thread. False: that thread has ended, and will not."""
+    def suggest(self, command: Callable[[], None], fail: Callable[[str], None] | None = None) -> bool:
+        """Run `command` on this lane's thread, and `fail` if it raises. False: that thread has ended, and will not."""
         with self._lock:
             if self._ended:
                 return False
-            self._commands.put(command)
+            self._commands.put((command, fail or _log_only))
             os.eventfd_write(self._bell, 1)
             return True
 
@@ -171,10 +171,10 @@ class Lane:
     def _obey(self) -> None:
         while True:
             try:
-                command = self._commands.get_nowait()
+                command, fail = self._commands.get_nowait()
             except Empty:
                 return
-            _guard(command, _log_only)
+            _guard(command, fail)
 
     def _end(self) -> None:
         with self._lock:

@@ -144,6 +144,7 @@ class Route:
         self.writer = writer
         self.watch = watch
         self.limits = limits
+        self._watch_lock = threading.Lock()
         self.closed = False
         """The peer said so, with nothing of its own on the way."""
 
@@ -151,8 +152,10 @@ class Route:
         """Why nothing lands at the peer any more, as far as it is proved; else empty."""
         if self.closed:
             return "the peer closed its tcp transport"
-        if self.watch is not None and self.watch.ended():
-            return "the peer's process has ended"
+        if self.watch is not None:
+            with self._watch_lock:  # a poll object serves one thread at a time
+                if self.watch.ended():
+                    return "the peer's process has ended"
         return ""
 
 
@@ -201,7 +204,7 @@ class Link:
         self._replies = bytearray()
         self._progress = 0.0
         self.winding = False
-        """The transport closes: nothing more is begun. Set by any thread, before `wind_down` is called on the lane's."""
+        """The transport closes: nothing more is begun. Set by any thread, before the lane gets to `wind_down`."""
 
     # ---- commands ----------------------------------------------------------------------------------------
 

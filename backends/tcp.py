@@ -346,7 +346,7 @@ class TcpTransport(HostTransport[Post]):
         for link, share in zip(links, shares, strict=False):
             part = Part(post, share)
             link.given += part.nbytes
-            if not link.lane.suggest(partial(link.submit, part)):
+            if not link.lane.suggest(partial(link.submit, part), link.fail):
                 post.part_ended(placed=False)
         return post
 
