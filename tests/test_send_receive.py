@@ -160,7 +160,7 @@ def test_a_terminal_gets_a_bar_that_moves(tmp_path):
 
 def test_a_receiver_that_is_killed_leaves_nothing_and_can_be_run_again(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
-    with sending(file, "--block-size", "8", *QUICK) as sender:
+    with sending(file, "--block-size", "8") as sender:
         with receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver:
             receiver.kill()
             receiver.wait(PATIENCE)
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_told_and_the_sender_goes_on_serving(tmp_path):
             for flag, value in changes.items():
                 name = f"--{flag.replace('_', '-')}"
                 words = [*words, name, value]
-            done = paste(shlex.join([*words, *QUICK, "--format", "json"]), tmp_path)
+            done = paste(shlex.join([*words, "--format", "json"]), tmp_path)
             assert done.returncode == 1, done.stdout + done.stderr
             return checked("receive", done.stdout)["error"]["code"]
 
