@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 import weakref
 
 SO_PEERPIDFD = 77
@@ -20,21 +21,23 @@ class ProcessWatch:
     """Watches one process. Without a file descriptor it stands for a process that had ended before the
     watch began."""
 
-    __slots__ = ("__weakref__", "_ended", "_poll")
+    __slots__ = ("__weakref__", "_ended", "_lock", "_poll")
 
     def __init__(self, pidfd: int | None) -> None:
         self._ended = pidfd is None
         self._poll = select.poll()
+        self._lock = threading.Lock()
         if pidfd is not None:
             self._poll.register(pidfd, select.POLLIN)
             weakref.finalize(self, os.close, pidfd).atexit = False
 
     def ended(self) -> bool:
         """True: every thread of the process has ended. Never blocks; never True again False."""
-        if not self._ended:
-            # POLLIN alone counts: POLLNVAL would mean that the descriptor was closed, which proves nothing.
-            self._ended = any(event & select.POLLIN for _, event in self._poll.poll(0))
-        return self._ended
+        with self._lock:  # a poll object refuses a second thread while one is in it
+            if not self._ended:
+                # POLLIN alone counts: POLLNVAL would mean that the descriptor was closed, which proves nothing.
+                self._ended = any(event & select.POLLIN for _, event in self._poll.poll(0))
+            return self._ended
 
 
 def start_time(pid: int) -> int | None:

@@ -243,11 +243,7 @@ class Carriers:
 
     def close(self) -> None:
         """All of them, whatever one of them raises. Idempotent."""
-        for transport in self._all:
-            try:
-                transport.close()
-            except Exception:  # it may not; the others' memory and sockets are given back all the same
-                log.exception("%s.close raised", transport.name)
+        close_all(self._all)
 
     def reject(self, transport: Transport, reason: str) -> None:
         """Use it no more, and close it: the endpoint has others."""
@@ -255,6 +251,14 @@ class Carriers:
         self.transports.remove(transport)
         self.rejected.append(Verdict(transport.name, transport.path(), False, reason))
         transport.close()
+
+
+def close_all(transports: Iterable[Transport]) -> None:
+    for transport in transports:
+        try:
+            transport.close()
+        except Exception:  # it may not; the others' memory and sockets are given back all the same
+            log.exception("%s.close raised", transport.name)
 
 
 def _place(name: str, order: list[str]) -> int:

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import zmq
 
-from tensorferry.core.errors import ConfigError
+from tensorferry.core.errors import ConfigError, Overloaded
 from tensorferry.core.messages import Message
 from tensorferry.core.wire import MAX_FRAME_BYTES, BadFrame, decode, encode
 
@@ -25,6 +25,12 @@ log = logging.getLogger("tensorferry.control")
 
 QUEUE_FRAMES = 10_000
 """Frames queued for one peer before new ones are dropped."""
+
+RECEIVED_FRAMES = 512
+"""Frames taken in from one peer before the next has to wait in its own queue: a frame can be 1 MiB long."""
+
+MOST_ROUTES = 1 << 16
+"""Sockets of one context; libzmq's own default is 1023. The number of open files bounds it before that."""
 
 FLUSH_MS = 500
 """How long `close` lets queued frames leave."""
@@ -53,6 +59,7 @@ class Control:
         self.identity = identity
         self.dropped: Counter[str] = Counter()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, min(MOST_ROUTES, self._context.get(zmq.SOCKET_LIMIT)))
         self._poller = zmq.Poller()
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._router: zmq.Socket[bytes] | None = None
@@ -62,27 +69,30 @@ class Control:
         self.address = ""
         if bind:
             try:
-                _check_port(bind, 0)
-                self._router = self._socket(zmq.ROUTER, bind)
-                self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-                self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-                self._router.bind(bind)
-            except ConfigError:
-                self.close()
-                raise
+                self._listen(bind)
             except zmq.ZMQError as problem:
                 self.close()
                 raise ConfigError(
                     f"cannot bind {bind!r}: {problem.strerror}", hint="Give tcp://HOST:PORT, port 0 for any free one"
                 ) from problem
-            self._poller.register(self._router, zmq.POLLIN)
-            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+            except BaseException:
+                self.close()
+                raise
+
+    def _listen(self, bind: str) -> None:
+        _check_port(bind, 0)
+        self._router = self._socket(zmq.ROUTER, bind)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.bind(bind)
+        self._poller.register(self._router, zmq.POLLIN)
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, FLUSH_MS)
         socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
-        socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
+        socket.setsockopt(zmq.RCVHWM, RECEIVED_FRAMES)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.IPV6, int("[" in address))
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -94,7 +104,14 @@ class Control:
         if address in self._dealers:
             return
         _check_port(address, 1)
-        socket = self._socket(zmq.DEALER, address)
+        try:
+            socket = self._socket(zmq.DEALER, address)
+        except zmq.ZMQError as problem:
+            raise Overloaded(
+                f"no socket for another sender: {problem.strerror}", peer=address,
+                hint="Raise the limit of open files (ulimit -n), or wait: addresses that nothing is wanted from are "
+                "let go after a while",
+            ) from problem  # fmt: skip
         socket.setsockopt(zmq.ROUTING_ID, self.identity)
         try:
             socket.connect(address)
@@ -105,6 +122,18 @@ class Control:
             ) from problem
         self._dealers[address] = socket
         self._poller.register(socket, zmq.POLLIN)
+
+    def disconnect(self, address: str) -> None:
+        """Close the route to `address`, once what is queued has left. Nothing happens where there is none."""
+        socket = self._dealers.pop(address, None)
+        if socket is not None:
+            self._poller.unregister(socket)
+            socket.close(FLUSH_MS)
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The addresses that were connected to."""
+        return tuple(self._dealers)
 
     def send(self, route: str, message: Message) -> None:
         """Queue a message. What cannot be queued is dropped and counted: it will be said again."""
@@ -180,4 +209,4 @@ class Control:
             socket.close(FLUSH_MS)
         self._dealers.clear()
         self._router = None
-        self._context.term()
+        self._context.destroy(FLUSH_MS)  # which also closes a socket that an error left: term would wait for it

@@ -82,11 +82,9 @@ class Decisions:
         """(the leader's xfer that the query is about, the verdict if there is one)."""
         asker = (query.src, query.xfer)
         inc, over = self.over.get(query.rank, (0, Ranges()))
-        if query.src > inc:
-            inc, over = self.over[query.rank] = (query.src, Ranges())
-        if query.src < inc or (query.xfer in over and not query.heard):
+        if query.src < inc or (query.src == inc and query.xfer in over and not query.heard):
             return None, None  # late: it must not be taken for a question about the next use of its room
-        if query.heard and (over.pieces < MOST_OVER or query.xfer in over):
+        if query.src == inc and query.heard and (over.pieces < MOST_OVER or query.xfer in over):
             over.add(query.xfer)
         for xfer, use in self.uses.items():
             if use.room != query.room and not query.heard:  # who has forgotten the transfer has forgotten its room
@@ -97,6 +95,8 @@ class Decisions:
             if bound is None and query.heard:
                 continue
             use.bound[query.rank] = (route, *asker)
+            if query.src > inc:  # a successor, and it has asked about a room that there is: not a stray frame
+                self.over[query.rank] = (query.src, Ranges())
             if query.heard:
                 use.heard.add(query.rank)
                 if len(use.heard) == use.ranks - 1:

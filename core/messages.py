@@ -309,4 +309,4 @@ def _unpack(kind: struct.Struct, data: bytes, count_at: int) -> list[tuple[int, 
     return runs
 
 
-MAX_BLOCKS_IN_MESSAGE = 1 << 20
+MAX_BLOCKS_IN_MESSAGE = 1 << 16

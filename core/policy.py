@@ -60,7 +60,7 @@ class ReceiverPolicy:
 @dataclass(frozen=True)
 class SenderPolicy:
     max_rooms: int = 4096
-    max_peers: int = 16384
+    max_peers: int = 4096
 
 
 def receiver_policy(settings: Settings, layout: Layout, geometry: Geometry) -> ReceiverPolicy:

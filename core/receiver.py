@@ -265,6 +265,8 @@ class ReceiverMachine(ReceiverState):
         if hello.src > peer.inc:
             self._peer_restarted(route, hello.src)
             peer.inc, peer.revision, peer.ack, peer.usable = hello.src, -1, 0, False
+        if not hello.ack and peer.ack:  # it has forgotten us, as one that serves many may
+            self._send(route, self._hello(peer))
         peer.ack = max(peer.ack, hello.ack)
         if hello.revision > peer.revision:
             peer.revision = hello.revision
@@ -283,8 +285,19 @@ class ReceiverMachine(ReceiverState):
             )
         return None
 
+    def forget_peer(self, route: str) -> bool:
+        """Nothing is wanted from the sender at `route` any more, and nothing of it is left: True if it is forgotten."""
+        peer = self.peers.get(route)
+        if peer is None or peer.buried or any(t.route == route for t in self.transfers.values()):
+            return False
+        del self.peers[route]
+        return True
+
     def _on_transfer_message(self, route: str, message: m.OfTransfer) -> None:
         t = self.transfers.get(message.xfer)
+        if route != (t.route if t is not None else route) or route not in self.peers:
+            self.ignored["not from its sender"] += 1  # whoever connects to a leader's port speaks for no sender
+            return
         if isinstance(message, m.Fenced):  # whoever says it, it is about its own writes only (WS-5)
             self.pool.fenced(message.xfer, message.src, message.upto)
             if t is not None:

@@ -1,6 +1,8 @@
 """The language side: carries out what the receiver machine decides.
 
-Pool memory, digests, gathers into the destination, and the proofs that quarantined blocks wait for.
+Pool memory, the proofs that quarantined blocks wait for, and every timer of a transfer and of a peer.
+
+Long because what one thread does for the receiver stands in one file; gathers are in gathering.py.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tensorferry.receiver")
 
+ROUTE_SECONDS = 30.0
+"""How long a control connection stays open that no room uses: the next room from there finds it warm."""
+
 _AUX = struct.Struct(f"<{AUX_WORDS}q")
 
 
@@ -78,39 +83,40 @@ class Receiver(Endpoint):
     ) -> None:
         group = group or SOLO
         leads = group.ranks > 1 and group.leads
-        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name)
-        self.leader_address = self._control.address if leads else group.leader
-        if group.ranks > 1 and not group.leads and group.leader:
-            self._control.connect(group.leader)
         self.group = group
         self.geometry = Geometry(settings.block_size, settings.pool_blocks, settings.slabs)
-        self._buffers = PoolBuffers(self.carriers, layout, self.geometry, poison=poison)
-        slabs = self.geometry.slab_count
-        hello = m.Hello(
-            src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
-            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=settings.pool_blocks,
-            slabs=slabs, generations=m.pack_generations([1] * slabs),
-            offers=self.carriers.offers(self._buffers.regions()), revision=1, ack=0,
-        )  # fmt: skip
         self.stale_writes: list[str] = []
         """With `poison`: writes found in blocks that nobody had been granted. Empty, unless there is a defect."""
         self._poisoned: set[int] = set(range(settings.pool_blocks)) if poison else set()
+        self._transfers: dict[int, ReceiveTransfer] = {}  # by xfer, until the end
+        self._known: dict[int, Known] = {}  # by sender incarnation
+        self._heard: dict[str, float] = {}
+        self._stuck_slabs: dict[int, float] = {}
 
         def pick(pieces: list[tuple[int, int]], n: int) -> list[int]:
             chosen = choose(pieces, n)
             self._check_poison(chosen)
             return chosen
 
-        policy = receiver_policy(settings, layout, self.geometry)
-        self.machine = ReceiverMachine(
-            hello, BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick), policy, group
-        )
-        self._gatherer = Gatherer(self._buffers, self.machine, self._do)
-        self._transfers: dict[int, ReceiveTransfer] = {}  # by xfer, until the end
-        self._known: dict[int, Known] = {}  # by sender incarnation
-        self._heard: dict[str, float] = {}
-        self._stuck_slabs: dict[int, float] = {}
-        self._thread.start()
+        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name)
+        with self._undo as undo:
+            self.leader_address = self._control.address if leads else group.leader
+            if group.ranks > 1 and not group.leads and group.leader:
+                self._control.connect(group.leader)
+            self._buffers = PoolBuffers(self.carriers, layout, self.geometry, poison=poison)
+            undo.callback(self._buffers.close)
+            slabs = self.geometry.slab_count
+            hello = m.Hello(
+                src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
+                layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=settings.pool_blocks,
+                slabs=slabs, generations=m.pack_generations([1] * slabs),
+                offers=self.carriers.offers(self._buffers.regions()), revision=1, ack=0,
+            )  # fmt: skip
+            policy = receiver_policy(settings, layout, self.geometry)
+            pool = BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick)
+            self.machine = ReceiverMachine(hello, pool, policy, group)
+            self._gatherer = Gatherer(self._buffers, self.machine, self._do)
+            self._start()
 
     # ---- what callers do ---------------------------------------------------------------------------------------
 
@@ -311,6 +317,7 @@ class Receiver(Endpoint):
                 self._do(machine.resend(xfer))
         for route in {t.route for t in machine.transfers.values()}:
             self._guard(partial(self._watch_route, route, now, keys))
+        self._guard(partial(self._leave_idle_routes, now, keys))
         self._guard(partial(self._watch_quarantine, now, keys))
         for slab in [s for s, since in self._stuck_slabs.items() if now - since > 1.0]:
             self._stuck_slabs[slab] = now
@@ -337,6 +344,11 @@ class Receiver(Endpoint):
                 hint = "Check the group's leader address and that rank 0 is running"
                 self._do(self.machine.cancel(xfer, PeerUnreachable(nobody, peer=self.group.leader, hint=hint)))
             return
+        if t.live and not t.told and not self.group.leads and age > s.transfer_deadline + s.peer_timeout:
+            none = (
+                f"the leader has not told what became of the room within transfer_deadline ({s.transfer_deadline:g} s)"
+            )
+            self._do(self.machine.cancel(xfer, t.error or t.plea or DeadlineExceeded(none, peer=self.group.leader)))
         if not t.live or t.error is not None or t.plea is not None:
             return
         if age > s.transfer_deadline:
@@ -369,6 +381,17 @@ class Receiver(Endpoint):
                 if self._watches.age(("meeting", t.xfer), now) > s.peer_timeout:
                     nobody = PeerUnreachable(f"nobody answered within peer_timeout ({s.peer_timeout:g} s)", peer=route)
                     self._do(self.machine.peer_silent(route, nobody, t.xfer))
+
+    def _leave_idle_routes(self, now: float, keys: set[Any]) -> None:
+        """Senders come and go, often on a new port each time: what nothing is wanted from is let go after a while."""
+        busy = {t.route for t in self.machine.transfers.values()} | {self.group.leader}
+        for route in [route for route in self._control.routes if route not in busy]:
+            keys.add(("idle", route))
+            if self._watches.age(("idle", route), now) > ROUTE_SECONDS and (
+                route not in self.machine.peers or self.machine.forget_peer(route)
+            ):
+                self._control.disconnect(route)
+                self._heard.pop(route, None)
 
     def _watch_quarantine(self, now: float, keys: set[Any]) -> None:
         """Proofs for blocks in quarantine: is their sender gone (F4)? Is its fence (F2) overdue, so that F3 is due?"""

@@ -52,6 +52,7 @@ class SenderMachine(SenderState):
         self.next_serial += 1
         serial = slot.offer.serial
         self.serials[serial] = slot.id
+        self.withdrawn.pop(room, None)
         given_up = self.given_up.pop(room, None)
         if given_up is not None and not slot.bindings:
             self._abort(slot, given_up)
@@ -61,9 +62,10 @@ class SenderMachine(SenderState):
         self._review(slot)
         return serial, self._take_effects()
 
-    def forget_given_up(self, room: int) -> None:
-        """Too long ago to be about the next offer of that room."""
+    def forget_ended(self, room: int) -> None:
+        """One side ended this room before the other knew of it, and too long ago to be about its next use."""
         self.given_up.pop(room, None)
+        self.withdrawn.pop(room, None)
 
     def force_end(self, slot_id: int) -> list[Effect]:
         """A rank that never opened an aborted room has had its time."""
@@ -86,6 +88,8 @@ class SenderMachine(SenderState):
         """The caller gives up, a deadline passed, or the driver could not go on: the room is aborted."""
         slot = self._slot_of(serial)
         if slot is not None:
+            if not slot.bindings and slot.decision is None and len(self.withdrawn) < self.policy.max_rooms:
+                self.withdrawn[slot.room] = error  # whoever opens the room is told, instead of waiting for a deadline
             self._abort(slot, error)
             self._review(slot)
         return self._take_effects()
@@ -247,6 +251,7 @@ class SenderMachine(SenderState):
                 self._send(route, replace(self.hello, dst=message.src, ack=0))
             return self._take_effects()
         r.route = route
+        self.receivers[message.src] = self.receivers.pop(message.src)  # the longest silent stands first
         self._refuse_rivals_of(message.src)
         match message:
             case m.Ping():
@@ -282,17 +287,18 @@ class SenderMachine(SenderState):
             if len(self.receivers) >= self.policy.max_peers and not self._evict_receiver():
                 self.ignored["too many receivers"] += 1
                 return
-            r = self.receivers[hello.src] = Receiver(route, hello.name, hello)
+            ours = {offer.name for offer in self.hello.offers}
+            r = self.receivers[hello.src] = Receiver(route, hello.name, _lean(hello, ours))
             old = self.newest.get(hello.name)
             self.newest[hello.name] = hello.src
             if old is not None and old in self.receivers:  # a new incarnation replaces the old one
                 for slot in self._slots_of(old):
                     self._unbind(slot, old, e.PeerLost("the receiver restarted", room=slot.room, peer=hello.name))
                     self._review(slot)
-            self._effects.append(Connect(route, hello))
+            self._effects.append(Connect(route, r.hello))
         elif hello.revision > r.hello.revision:
-            r.hello = hello
-            self._effects.append(Connect(route, hello))
+            r.hello = _lean(hello, {offer.name for offer in self.hello.offers})
+            self._effects.append(Connect(route, r.hello))
         r.route = route
         self._raise_min_live(r, hello.min_live)
         self._send(route, replace(self.hello, dst=hello.src, ack=r.hello.revision))
@@ -394,6 +400,10 @@ class SenderMachine(SenderState):
         slot.bindings[o.rank] = Binding(r.route, *key, o.rank, o.dummy, revoked=r.revoked.pop(o.xfer, 0))
         self.where[key] = slot.id
         slot.touched += 1
+        withdrawn = self.withdrawn.pop(o.room, None)
+        if withdrawn is not None and slot.offer is None:
+            self._abort(slot, withdrawn)
+            return
         self._announce_to(slot, o.rank)
         self._send_decision(slot)
 
@@ -451,8 +461,9 @@ class SenderMachine(SenderState):
             return
         for index in [i for i in b.done if i < grant.prefix]:
             del b.done[index]
+        needed = 1 << 32 if slot.offer is None else -(-slot.offer.facts.total // self.hello.block_size)
         for first, block, count, generation in runs:
-            for k in range(count):
+            for k in range(min(count, needed - first)):  # beyond the announced length: never written (GR-6)
                 # At most one post per (epoch, index) (WS-1); a pool holds no more than its blocks (MSG-5).
                 if first + k not in b.posted and len(b.pending) < r.hello.pool_blocks:
                     b.pending.setdefault(first + k, (block + k, generation))
@@ -653,11 +664,24 @@ class SenderMachine(SenderState):
             self._effects.append(Progressed(offer.serial))
 
     def _evict_receiver(self) -> bool:
-        """Room for a new receiver: one that is proved gone is forgotten."""
-        busy = {key[0] for key in self.where}
-        gone = next((inc for inc, r in self.receivers.items() if r.gone and inc not in busy), None)
-        if gone is not None:
-            r = self.receivers.pop(gone)
-            if self.newest.get(r.name) == gone:
+        """Room for a new receiver: forget one that has nothing here: gone, or of no use, or else the longest silent.
+
+        Should it still be there, it is told so at its next word (`on_message`) and introduces itself again.
+        """
+        busy = {key[0] for key in self.where} | {w.receiver for w in self.writes.values()}
+        idle = [inc for inc in self.receivers if inc not in busy]
+        spare = next((inc for inc in idle if self.receivers[inc].gone or not self.receivers[inc].usable), None)
+        spare = spare if spare is not None else next(iter(idle), None)
+        if spare is not None:
+            r = self.receivers.pop(spare)
+            if self.newest.get(r.name) == spare:
                 del self.newest[r.name]
-        return gone is not None
+        return spare is not None
+
+
+def _lean(hello: m.Hello, ours: set[str]) -> m.Hello:
+    """What is worth keeping of a receiver's Hello: of offers that we cannot take only that they were made."""
+    return replace(
+        hello,
+        offers=tuple(o if o.name in ours else replace(o, descriptor=b"", regions=b"") for o in hello.offers),
+    )

@@ -120,6 +120,7 @@ class SenderState:
         self.rooms: dict[int, int] = {}  # room -> the slot that a new offer or Open would join
         self.where: dict[tuple[int, int], int] = {}  # (receiver, xfer) -> slot
         self.given_up: dict[int, e.FerryError] = {}  # rooms that the receiver ended before there was an offer
+        self.withdrawn: dict[int, e.FerryError] = {}  # rooms whose offer ended before anybody had opened them
         self.contested: set[int] = set()  # slots with a rival
         self.receivers: dict[int, Receiver] = {}
         self.newest: dict[str, int] = {}  # receiver name -> its newest incarnation
@@ -242,11 +243,13 @@ class SenderState:
                 for key, w in sorted(self.writes.items())
             ),
             tuple(sorted(self.rooms.items())), tuple((room, x.code) for room, x in sorted(self.given_up.items())),
+            tuple((room, x.code) for room, x in sorted(self.withdrawn.items())),
             tuple(sorted(self.orphans)), self.next_slot, self.next_serial,
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
-        slots, receivers, newest, writes, rooms, given_up, orphans, self.next_slot, self.next_serial = snapshot
+        slots, receivers, newest, writes, rooms, given_up, withdrawn, orphans = snapshot[:8]
+        self.next_slot, self.next_serial = snapshot[8:]
         self.slots, self.serials, self.where, self.contested = {}, {}, {}, set()
         for id_, room, ranks, admitted, decision, abort, rival, offer, bindings in slots:
             slot = Slot(id_, room, None, ranks, {}, admitted, decision, abort, rival)
@@ -273,4 +276,5 @@ class SenderState:
         self.newest, self.rooms, self.orphans = dict(newest), dict(rooms), set(orphans)
         self.writes = {key: Write(a, b, c, d, set(outstanding)) for key, a, b, c, d, outstanding in writes}
         self.given_up = {room: e.from_code(code, "restored") for room, code in given_up}
+        self.withdrawn = {room: e.from_code(code, "restored") for room, code in withdrawn}
         self._effects = []

@@ -62,20 +62,22 @@ class Sender(Endpoint):
         super().__init__(layout, transports, settings, bind=bind, name=name)
         self.address = self._control.address
         self.integrity = "full" if settings.integrity == "auto" else settings.integrity
-        staging = Stagings(self.carriers, settings.staging_bytes)
-        hello = m.Hello(
-            src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
-            layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, generations=b"",
-            offers=self.carriers.offers(), revision=1, ack=0,
-        )  # fmt: skip
-        self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
-        self._poster = Poster(
-            layout, self.carriers, self.machine, self._do, staging=staging,
-            block_size=settings.block_size, integrity=self.integrity,
-        )  # fmt: skip
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
         self._heard: dict[int, float] = {}
-        self._thread.start()
+        with self._undo as undo:
+            staging = Stagings(self.carriers, settings.staging_bytes)
+            undo.callback(staging.close)
+            hello = m.Hello(
+                src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
+                layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, generations=b"",
+                offers=self.carriers.offers(), revision=1, ack=0,
+            )  # fmt: skip
+            self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
+            self._poster = Poster(
+                layout, self.carriers, self.machine, self._do, staging=staging,
+                block_size=settings.block_size, integrity=self.integrity,
+            )  # fmt: skip
+            self._start()
 
     # ---- what callers do ---------------------------------------------------------------------------------------
 
@@ -251,10 +253,14 @@ class Sender(Endpoint):
                 self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
-        for room in list(machine.given_up):
-            keys.add(("given up", room))
-            if watches.age(("given up", room), now) > s.announce_deadline:
-                machine.forget_given_up(room)
+        for receiver in self._poster.targets.keys() - machine.receivers.keys():  # forgotten to make room for others
+            self._poster.targets.pop(receiver).reach.disconnect()
+        for receiver in self._heard.keys() - machine.receivers.keys():
+            del self._heard[receiver]
+        for room in machine.given_up.keys() | machine.withdrawn.keys():
+            keys.add(("ended early", room))
+            if watches.age(("ended early", room), now) > s.announce_deadline:
+                machine.forget_ended(room)
         watches.keep_only(keys)
         return bool(machine.slots or self._poster.busy)
 

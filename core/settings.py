@@ -112,7 +112,7 @@ class Settings:
     )
     pool_blocks: int = _setting(
         64,
-        values.count(1),
+        values.count(1, 1 << 16),
         "Blocks in the pool, which is registered with the transport once and never grows.",
         unit="blocks",
         source="The earlier deployments' default: 64 blocks of 128 tokens hold just one first grant.",

@@ -14,7 +14,7 @@ import zmq
 from tensorferry.core import control as control_module
 from tensorferry.core import messages as m
 from tensorferry.core.control import MOST_FRAMES_A_TURN, Control
-from tensorferry.core.errors import ConfigError
+from tensorferry.core.errors import ConfigError, Overloaded
 from tensorferry.core.wire import encode
 
 PATIENCE_S = 30.0
@@ -218,3 +218,34 @@ def test_only_this_host_is_bound_unless_told_otherwise(stack: ExitStack) -> None
 
     assert inspect.signature(Sender.__init__).parameters["bind"].default == "tcp://127.0.0.1:0"
     assert listening(stack).address.startswith("tcp://127.0.0.1:")
+
+
+def test_routes_can_be_left_again_and_again(stack: ExitStack) -> None:
+    """More than a context's usual 1023 sockets, one after the other, and nothing is left of them."""
+    control = Control(b"client")
+    stack.callback(control.close)
+    files = len(os.listdir("/proc/self/fd"))
+    for port in range(20_000, 21_200):
+        control.connect(f"tcp://127.0.0.1:{port}")
+        control.disconnect(f"tcp://127.0.0.1:{port}")
+    assert control.routes == ()
+    control.disconnect("tcp://127.0.0.1:1")
+    deadline = time.monotonic() + PATIENCE_S
+    while len(os.listdir("/proc/self/fd")) > files + 20:
+        assert time.monotonic() < deadline
+        control.receive(0.05)
+
+
+def test_where_there_is_no_socket_for_another_address_the_error_is_typed(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = Control(b"client")
+    stack.callback(control.close)
+
+    def none_left(kind: int, address: str) -> None:
+        raise zmq.ZMQError(24)
+
+    monkeypatch.setattr(control, "_socket", none_left)
+    with pytest.raises(Overloaded, match="no socket"):
+        control.connect("tcp://127.0.0.1:20000")
+    assert control.routes == ()

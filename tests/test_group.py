@@ -124,9 +124,20 @@ def test_a_late_question_is_not_taken_for_one_about_the_next_use_of_its_room() -
 
 def test_what_a_hostile_rank_says_it_has_heard_is_bounded() -> None:
     d = decisions()
+    d.open(50, 7, 2)
+    d.query("a", query(1, 1))  # only whoever asks about a room that there is can be that rank
     for xfer in range(0, 2 * MOST_OVER + 100, 2):
         d.query("a", query(1, xfer, heard=True))
     assert d.over[1][1].pieces == MOST_OVER
+
+
+def test_a_stray_question_bars_no_rank() -> None:
+    d = decisions()
+    d.open(50, 7, 2)
+    for heard in (False, True):
+        assert d.query("stranger", query(1, 9, room=12345, src=(1 << 63) - 1, heard=heard)) == (None, None)
+    assert d.query("a", query(1, 4)) == (50, None)
+    assert not [route for route, *_ in d.uses[50].bound.values() if route == "stranger"]
 
 
 def test_a_verdict_is_said_again_to_those_who_have_asked_and_not_heard() -> None:

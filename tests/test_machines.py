@@ -896,6 +896,46 @@ def test_a_room_given_up_and_opened_again_is_not_given_up_any_more() -> None:
     assert not ferry.sender.given_up
 
 
+def test_an_offer_withdrawn_before_anybody_opened_the_room_ends_the_receiver_once() -> None:
+    """The same in the other direction: a receiver that comes late is told, and does not wait for its deadline."""
+    ferry = met(pool=2)
+    serial = ferry.send(1, 2)
+    ferry.carry_out("sender", ferry.sender.cancel(serial, e.Cancelled("enough")))
+    xfer = ferry.receive(1)
+    finish(ferry)
+    assert isinstance(ferry.ended["rank0", xfer], e.Cancelled)
+    assert not ferry.sender.withdrawn
+    serial, xfer = ferry.send(1, 2), ferry.receive(1)
+    finish(ferry)
+    assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
+
+
+def test_a_room_withdrawn_and_offered_again_is_not_withdrawn_any_more() -> None:
+    ferry = met(pool=2)
+    ferry.carry_out("sender", ferry.sender.cancel(ferry.send(1, 2), e.Cancelled("enough")))
+    serial, xfer = ferry.send(1, 2), ferry.receive(1)
+    finish(ferry)
+    assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
+
+
+def test_every_rank_of_a_withdrawn_room_is_told() -> None:
+    ferry = Ferry(pool=2, ranks=2)
+    ferry.carry_out("sender", ferry.sender.cancel(ferry.send(1, 2), e.Cancelled("enough")))
+    xfers = {rank: ferry.receive(1, rank) for rank in ("rank0", "rank1")}
+    finish(ferry)
+    for rank, xfer in xfers.items():
+        assert isinstance(ferry.ended[rank, xfer], e.Cancelled)
+    assert not ferry.sender.slots
+
+
+def test_what_was_withdrawn_long_ago_is_forgotten() -> None:
+    ferry = met(pool=2)
+    ferry.carry_out("sender", ferry.sender.cancel(ferry.send(1, 2), e.Cancelled("enough")))
+    assert 1 in ferry.sender.withdrawn
+    ferry.sender.forget_ended(1)
+    assert not ferry.sender.withdrawn
+
+
 # ---------------------------------------------------------------- cancel (CN-1 to CN-3)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from ferry import SENDER, Ferry
+from ferry import SENDER, Ferry, hello
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_wire import KINDS, messages
@@ -530,3 +530,104 @@ def test_an_older_incarnation_is_not_heard_again() -> None:
     before = ferry.receiver.snapshot()
     assert ferry.receiver.on_message(SENDER, msgspec.structs.replace(ferry.sender.hello, src=900, dst=20)) == []
     assert ferry.receiver.snapshot() == before
+
+
+# ---------------------------------------------------------------- strangers
+
+
+def stranger(number: int, **change: Any) -> m.Hello:
+    made = hello(5000 + number, f"stranger {number}", pool=3, slabs=1)
+    return msgspec.structs.replace(made, **change)
+
+
+def test_only_the_sender_itself_speaks_for_a_transfer() -> None:
+    """Whoever connects to a leader's port can write any incarnation into a message; the route tells who it is."""
+    ferry = Ferry(pool=3)
+    ferry.hold_writes = True
+    serial, xfer = ferry.send(1, 2), ferry.receive(1)
+    ferry.deliver()
+    ferry.carry_out("rank0", ferry.receiver.cancel(xfer, e.Cancelled("enough")))
+    held = ferry.receiver.pool.free_count
+    about = {"src": 1000, "dst": 10, "xfer": xfer}
+    abort = m.Abort(**about, code="x", cause="x")
+    for forged in (m.Fenced(**about, upto=9), abort, m.Closed(**about), m.Commit(**about)):
+        assert not ferry.receiver.on_message("00a1", forged)
+    assert ferry.receiver.pool.free_count == held < 3
+    assert ferry.receiver.ignored["not from its sender"] == 4
+    ferry.hold_writes = False
+    ferry.deliver()
+    assert isinstance(ferry.ended["sender", serial], e.Cancelled)
+    ferry.assert_clean()
+
+
+def test_strangers_do_not_keep_receivers_away() -> None:
+    ferry = Ferry(pool=3)
+    ferry.send(1, 2)
+    ferry.receive(1)
+    ferry.hold_writes = True
+    ferry.deliver()
+    most = ferry.sender.policy.max_peers
+    for number in range(most + 10):
+        ferry.sender.on_message(f"{number:04x}", stranger(number))
+    assert len(ferry.sender.receivers) == most
+    assert 10 in ferry.sender.receivers  # who is being served is not forgotten
+    ferry.hold_writes = False
+    ferry.deliver()
+    ferry.assert_clean()
+    assert 10 in ferry.sender.receivers  # those of no use go first
+    for number in range(most, 3 * most):
+        ferry.sender.on_message(f"{number:04x}", stranger(number))
+        ferry.sender.connected(5000 + number, None)
+    assert 10 not in ferry.sender.receivers  # who has nothing here may be
+    serial, xfer = ferry.send(2, 3), ferry.receive(2)  # and introduces itself again
+    ferry.deliver()
+    ferry.resend()
+    ferry.deliver()
+    assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
+
+
+def test_of_offers_that_are_of_no_use_only_the_name_is_kept() -> None:
+    ferry = Ferry(pool=3)
+    offers = (m.Offer("acme", 1, "x", bytes(60_000), bytes(8)), m.Offer("fake", 1, "", b"d" * 100, bytes(8)))
+    ferry.sender.on_message("0001", stranger(1, offers=offers))
+    kept = {o.name: len(o.descriptor) for o in ferry.sender.receivers[5001].hello.offers}
+    assert kept == {"acme": 0, "fake": 100}
+
+
+def test_a_grant_costs_no_more_than_the_room_needs() -> None:
+    ferry = Ferry(pool=3)
+    ferry.send(1, 2)
+    most = m.MAX_BLOCKS_IN_MESSAGE
+    ferry.sender.on_message("0001", stranger(1, pool_blocks=most))
+    ferry.sender.connected(5001, None)
+    about = {"src": 5001, "dst": 1000, "min_live": 1, "xfer": 1}
+    ferry.sender.on_message("0001", m.Open(**about, room=1, rank=0, ranks=1, dummy=False))
+    binding = next(iter(ferry.sender.slots.values())).bindings[0]
+    ferry.sender.receivers[5001].usable = False  # nothing is posted: what is granted stays pending
+    ferry.sender.on_message("0001", m.Grant(**about, epoch=1, prefix=0, runs=m.pack_grant([(0, 0, most, 1)])))
+    assert sorted(binding.pending) == [0, 1]
+
+
+def test_a_sender_that_nothing_is_wanted_from_is_forgotten_and_can_be_met_again() -> None:
+    ferry = Ferry(pool=3)
+    ferry.send(1, 2)
+    ferry.receive(1)
+    assert not ferry.receiver.forget_peer(SENDER)
+    ferry.deliver()
+    assert ferry.receiver.forget_peer(SENDER)
+    assert not ferry.receiver.forget_peer(SENDER)
+    assert not ferry.receiver.peers
+    serial, xfer = ferry.send(2, 3), ferry.receive(2)
+    ferry.deliver()
+    assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
+
+
+def test_a_question_without_a_pool_is_answered_and_nothing_is_kept() -> None:
+    ferry = Ferry(pool=3)
+    question = hello(77, "asking", layout=bytes(16))
+    (answer,) = ferry.sender.on_message("0077", question)
+    assert isinstance(answer, fx.Send)
+    assert isinstance(answer.message, m.Hello)
+    assert (answer.message.src, answer.message.dst) == (1000, 77)
+    assert not ferry.sender.receivers
+    assert not ferry.sender.refused
