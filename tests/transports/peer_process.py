@@ -1,4 +1,4 @@
-"""A shm transport that is told what to do, one JSON line at a time. Run as a program by the tests."""
+"""A transport (shm, or another by its kind) that does what it is told, one JSON line at a time. Run by the tests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import sys
 import time
 from typing import Any
 
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
-from tensorferry.core.transport import Copy, Region, RemoteRegion, Status
+from tensorferry.backends.tcp import TcpOptions, TcpTransport
+from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
 
 
 class Peer:
     def __init__(self, options: dict[str, Any]) -> None:
-        self.transport = ShmTransport(ShmOptions(**options))
+        self.transport = opened(**options)
         self.regions: list[Region] = []
         self.peer: Any = None
 
@@ -41,18 +43,26 @@ class Peer:
 
     def write(self, region: list[int], seed: int, nbytes: int) -> list[str]:
         """Write `nbytes` seeded bytes into the region; the final status and the digest of what was written."""
-        source = self.transport.allocate(nbytes)
-        source.view()[:] = seeded(seed, nbytes)
+        memory = self.transport.allocate(nbytes)
+        memory.view()[:] = seeded(seed, nbytes)
+        source = self.transport.register(memory) if self.transport.capabilities.registers_sources else memory
         handle = self.transport.post(self.peer, [Copy(source, 0, RemoteRegion(*region), 0, nbytes)])
         while (status := self.transport.poll(handle)) is Status.PENDING:
             time.sleep(0.001)
-        return [status.name, hashlib.sha256(source.view()).hexdigest()]
+        return [status.name, hashlib.sha256(memory.view()).hexdigest()]
+
+    def post(self, region: list[int], nbytes: int) -> int:
+        """Write that many bytes of 0x55, and do not wait."""
+        source = self.transport.allocate(nbytes)
+        source.view()[:] = b"\x55" * nbytes
+        return int(self.transport.post(self.peer, [Copy(source, 0, RemoteRegion(*region), 0, nbytes)]))
 
     def state(self) -> str:
         return str(self.transport.peer_state(self.peer))
 
     def lose_connections(self) -> None:
         """What a daemonizing application does to files that it does not know: close them under their owner."""
+        assert isinstance(self.transport, ShmTransport)
         courier = self.transport._courier
         for guest in list(courier._guests):
             guest.connection.close()
@@ -103,6 +113,13 @@ class Peer:
 
     def close(self) -> None:
         self.transport.close()
+
+
+def opened(kind: str = "shm", environment: dict[str, str] | None = None, **options: Any) -> Transport:
+    os.environ.update(environment or {})
+    if kind == "mooncake":
+        return MooncakeTransport(MooncakeOptions(host="127.0.0.1", **options))
+    return ShmTransport(ShmOptions(**options))
 
 
 def seeded(seed: int, nbytes: int) -> bytes:

@@ -113,7 +113,7 @@ def told_to_stop(transport: Transport) -> bool:
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *transports: Transport) -> None:
-    """Let these transports move so many bytes at a time: a chunk of the copier or for a socket, a submit to the engine."""
+    """Let these transports move so many bytes at a time: a chunk of the copier or for a socket, or a submit."""
     monkeypatch.setattr(_copier, "CHUNK_BYTES", nbytes)
     monkeypatch.setattr(_tcp_link, "CHUNK_BYTES", nbytes)
     for transport in transports:
@@ -168,11 +168,12 @@ ORIGINAL_TRANSMIT = _tcp_link.transmit
 
 
 class Process:
-    """A shm transport in another process, which does what it is told by `ask`."""
+    """A transport in another process (shm, or the `kind` that it is given), which does what it is told by `ask`."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *, inside: Sequence[str] = (), **options: object) -> None:
+        """`inside`: a command to run it in."""
         self.popen = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("peer_process.py")), json.dumps(options)],
+            [*inside, sys.executable, str(Path(__file__).with_name("peer_process.py")), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,0 +1,372 @@
+"""The mooncake transport in one process: what it refuses, what it says of itself, and its smaller parts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from transport_ends import at, ended, eventually, need, source
+
+from tensorferry import errors
+from tensorferry.backends import _mooncake_engine
+from tensorferry.backends import _mooncake_environment as environment
+from tensorferry.backends._mooncake_jobs import cut
+from tensorferry.backends._mooncake_sockets import Aftermath, hasten_listener
+from tensorferry.backends._mooncake_wire import Answer, ask, session_name
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, Readiness, Status
+from tensorferry.plugins.registry import open_transport
+
+HERE = {"host": "127.0.0.1"}
+
+
+@pytest.fixture
+def installed() -> None:
+    need("mooncake")
+
+
+@pytest.fixture
+def one(installed: None) -> Iterator[MooncakeTransport]:
+    transport = MooncakeTransport(MooncakeOptions(**HERE))
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which nobody has set any of the engine's variables."""
+    ours = {variable.name for variable in environment.SETS}
+    for name in ours | {name for name in os.environ if name.startswith("MC_")}:
+        monkeypatch.setenv(name, "")  # so that what the test lets be set is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(environment, "_ours", {})
+
+
+# ---- options -------------------------------------------------------------------------------------------------
+
+
+def test_a_protocol_is_refused_because_the_engine_would_ignore_it() -> None:
+    with pytest.raises(errors.ConfigError, match="ignores the protocol") as caught:
+        open_transport("mooncake", {"protocol": "rdma"})
+    assert 'require="rdma"' in caught.value.hint
+    assert "MC_FORCE_TCP" in caught.value.hint
+
+
+RDMA_IS_NOT_THERE = {
+    "no device": ({}, {}, "there is no RDMA device"),
+    "no link": ({"mlx5_0": False}, {}, "no port of mlx5_0 is active"),
+    "forced": ({"mlx5_0": True}, {"MC_FORCE_TCP": "1"}, "MC_FORCE_TCP is set"),
+    "filtered": ({"mlx5_0": True}, {"MC_TE_FILTERS": "mlx5_9"}, "MC_TE_FILTERS"),
+}
+
+
+@pytest.mark.parametrize("asked", [{"require": "rdma"}, {"device": "mlx5_0"}], ids=["require", "device"])
+@pytest.mark.parametrize(("ports", "variables", "cause"), RDMA_IS_NOT_THERE.values(), ids=RDMA_IS_NOT_THERE.keys())
+def test_rdma_that_is_not_there_is_not_replaced(
+    installed: None,
+    monkeypatch: pytest.MonkeyPatch,
+    no_variables: None,
+    asked: dict[str, str],
+    ports: dict[str, bool],
+    variables: dict[str, str],
+    cause: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment, "rdma_ports", lambda: ports)
+    monkeypatch.setattr(_mooncake_engine.Engine, "__init__", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(errors.TransportUnavailable, match=cause) as caught:
+        MooncakeTransport(MooncakeOptions(**HERE, **asked))
+    assert caught.value.hint
+
+
+def test_rdma_is_what_the_engine_says_and_not_what_the_devices_promise(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is active and that the engine does not take: its user-space driver is missing, say."""
+    monkeypatch.setattr(environment, "why_not_rdma", lambda _: ("", ""))
+    monkeypatch.setenv("MC_FORCE_TCP", "1")  # also on a machine that has RDMA
+    with pytest.raises(errors.TransportUnavailable, match="the engine runs over tcp"):
+        MooncakeTransport(MooncakeOptions(**HERE, require="rdma"))
+
+
+def test_an_unknown_device_is_named(installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True, "mlx5_1": True})
+    with pytest.raises(errors.TransportUnavailable, match="no RDMA device mlx5_7") as caught:
+        MooncakeTransport(MooncakeOptions(device="mlx5_7"))
+    assert "mlx5_0, mlx5_1" in caught.value.hint
+
+
+def test_an_address_that_the_engine_does_not_listen_on_is_refused(installed: None, no_variables: None) -> None:
+    with pytest.raises(errors.TransportUnavailable, match="IPv4"):
+        MooncakeTransport(MooncakeOptions(host="::1"))
+
+
+# ---- the environment -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MC_LOG_DIR", "/tmp/anywhere"),
+        ("MC_TCP_PROTO", "1"),
+        ("MC_DISABLE_METACACHE", "1"),
+        ("MC_TCP_ENABLE_CONNECTION_POOL", "false"),
+    ],
+)
+def test_a_variable_under_which_the_engine_aborts_or_lies_is_refused(
+    installed: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    probe = MooncakeTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert name in probe.reason
+    assert probe.hint == f"Unset {name}"
+    with pytest.raises(errors.TransportUnavailable, match=name):
+        MooncakeTransport(MooncakeOptions(**HERE))
+
+
+def test_what_is_set_is_listed_with_its_reason_and_the_users_value_wins(
+    no_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "45")
+    assert environment.prepare() == (10, 45)
+    assert {variable.name: os.environ[variable.name] for variable in environment.SETS} == {
+        "MC_LOG_LEVEL": "ERROR",
+        "MC_TCP_PROGRESS_TIMEOUT_SEC": "10",
+        "MC_TRANSFER_TIMEOUT": "45",
+    }
+    assert all(variable.reason for variable in environment.SETS)
+
+
+def test_time_outs_that_are_unsound_together_are_named(
+    no_variables: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MC_TCP_PROGRESS_TIMEOUT_SEC", "60")
+    with caplog.at_level(logging.WARNING):
+        environment.prepare()
+    assert "MC_TCP_PROGRESS_TIMEOUT_SEC (60 s) is not below MC_TRANSFER_TIMEOUT (30 s)" in caplog.text
+
+
+def test_an_option_that_the_environment_overrules_is_said_to_be(
+    no_variables: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert environment.prepare(progress_s=3, transfer_s=20) == (3, 20)
+    assert caplog.text == ""
+    assert environment.prepare(progress_s=4, transfer_s=20) == (3, 20)
+    assert "MC_TCP_PROGRESS_TIMEOUT_SEC=3 is set by an earlier mooncake transport of this process" in caplog.text
+
+
+# ---- what is missing -----------------------------------------------------------------------------------------
+
+
+def test_the_engine_that_is_not_installed_is_named_with_its_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed_version", lambda: "")
+    probe = MooncakeTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert "tensorferry[mooncake-cpu]" in probe.hint
+    assert "tensorferry[mooncake]'" in probe.hint
+
+
+@pytest.mark.parametrize("version", ["0.3.12", "0.3.12.post9", "0.2", "0.3.9"])
+def test_an_engine_from_before_the_security_fixes_is_refused(
+    installed: None, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(environment, "installed_version", lambda: version)
+    probe = MooncakeTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert version in probe.reason
+    assert "0.3.13" in probe.reason
+
+
+@pytest.mark.parametrize(("library", "package"), environment.LIBRARIES.items())
+def test_each_missing_library_is_named_with_its_package(
+    monkeypatch: pytest.MonkeyPatch, library: str, package: str
+) -> None:
+    monkeypatch.setattr(environment, "_loads", lambda name: name not in (library, "libcurl.so.4"))
+    unfit = environment.explain_import(ImportError(f"{library}: cannot open shared object file: No such file"))
+    assert library in unfit.reason
+    assert "libcurl.so.4" in unfit.reason
+    assert package in unfit.hint.split()
+    assert "libcurl4" in unfit.hint.split()
+
+
+@pytest.mark.parametrize("library", ["libcudart.so.12", "libcuda.so.1"])
+def test_the_cuda_build_on_a_machine_without_cuda_is_told_from_a_missing_package(library: str) -> None:
+    unfit = environment.explain_import(ImportError(f"{library}: cannot open shared object file: No such file"))
+    assert "CUDA build" in unfit.reason
+    assert library in unfit.reason
+    assert "tensorferry[mooncake-cpu]" in unfit.hint
+
+
+def test_an_engine_that_cannot_be_loaded_is_unavailable_and_breaks_nothing(installed: None, tmp_path: Path) -> None:
+    """A real import that fails in another process, as the dynamic loader would let it fail."""
+    package = tmp_path / "mooncake"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    text = "libibverbs.so.1: cannot open shared object file: No such file or directory"
+    (package / "engine.py").write_text(f"raise ImportError({text!r})")
+    program = "from tensorferry.backends.mooncake import MooncakeTransport as M; p = M.probe(); print(p.reason, p.hint)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "needs libibverbs.so.1" in done.stdout
+    assert "apt-get install libibverbs1" in done.stdout
+
+
+# ---- what it says of itself ----------------------------------------------------------------------------------
+
+
+def test_the_probe_says_the_path_the_devices_and_who_can_connect(installed: None, no_variables: None) -> None:
+    probe = MooncakeTransport.probe()
+    assert probe.usable
+    assert probe.path == ("rdma" if probe.readiness is Readiness.READY else "tcp")
+    assert probe.facts["engine"] == environment.installed_version()
+    assert {"rdma_devices", "address", "listens"} <= probe.facts.keys()
+
+
+def test_the_path_is_the_engines_own_word(one: MooncakeTransport) -> None:
+    assert one.path() == ask("127.0.0.1", one._engine.port, 5).protocol
+    assert one.path(one.connect(one.describe())) == one.path()
+
+
+def test_two_engines_of_different_protocols_are_no_pair(one: MooncakeTransport) -> None:
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[2], fields[7] = os.urandom(16), "rdma" if one.path() == "tcp" else "tcp"
+    with pytest.raises(errors.TransportMismatch, match="runs over"):
+        one.connect(msgspec.msgpack.encode(fields))
+
+
+def test_the_fullest_descriptor_fits(one: MooncakeTransport) -> None:
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[4] = "h" * 255
+    fields[-2], fields[-1] = [(1 << 64) - 1] * 1024, [[n, (1 << 63) - 1, (1 << 63) - 1] for n in range(1024)]
+    assert len(msgspec.msgpack.encode(fields)) <= MAX_DESCRIPTOR_BYTES
+
+
+def test_a_descriptor_whose_regions_have_no_addresses_is_refused(one: MooncakeTransport) -> None:
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[-1] = [[0, 1, 64]]
+    with pytest.raises(errors.ProtocolViolation, match="addresses"):
+        one.connect(msgspec.msgpack.encode(fields))
+
+
+def test_memory_that_overlaps_is_refused_and_what_was_retired_can_be_registered_again(one: MooncakeTransport) -> None:
+    memory = one.allocate(8192)
+    region = one.register(memory)
+    with pytest.raises(errors.BadCall, match="overlaps"):
+        one.register(Memory(memory.address + 4096, 4096, "cpu", memory.owner))
+    one.retire(region)
+    again = one.register(memory)
+    assert again.generation > region.generation
+    peer = one.connect(one.describe())
+    local = source(one, b"again")
+    assert ended(one, one.post(peer, [Copy(local, 0, at(again), 0, 5)])) is Status.DONE
+    assert bytes(memory.view(0, 5)) == b"again"
+
+
+# ---- the parts -----------------------------------------------------------------------------------------------
+
+
+def test_copies_that_are_adjacent_on_both_sides_are_joined_and_long_ones_are_cut() -> None:
+    here, there = object(), 1_000
+    segments = [(here, there, 100 + n, 5_000 + n, 10) for n in (20, 0, 10)]
+    assert cut(segments, 4096) == deque([(100, 5_000, 30)])
+    assert cut(segments, 16) == deque([(100, 5_000, 16), (116, 5_016, 14)])
+
+
+def test_nothing_is_joined_across_two_registrations() -> None:
+    one, other = object(), object()
+    assert len(cut([(one, 1_000, 0, 1_000, 10), (other, 1_000, 10, 1_010, 10)], 4096)) == 2
+    assert len(cut([(one, 1_000, 0, 1_000, 10), (one, 1_010, 10, 1_010, 10)], 4096)) == 2
+    assert len(cut([(one, 1_000, 0, 1_000, 10), (one, 1_000, 11, 1_010, 10)], 4096)) == 2
+
+
+def test_a_session_is_an_address_and_a_port() -> None:
+    assert session_name("10.0.0.1", 15_000) == "10.0.0.1:15000"
+    assert session_name("fe80::1", 15_000) == "[fe80::1]:15000"
+
+
+def test_the_engines_listener_is_found_and_another_port_is_not(one: MooncakeTransport) -> None:
+    assert hasten_listener(one._engine.port)
+    assert not hasten_listener(1)
+    assert ask("127.0.0.1", one._engine.port, 5).protocol == one.path(), "it still answers"
+
+
+GARBAGE = {
+    "nothing": b"",
+    "silence": None,
+    "too long": struct.pack("<QB", 1 << 40, 1),
+    "another kind": struct.pack("<QB", 3, 2) + b"{}",
+    "no JSON": struct.pack("<QB", 3, 1) + b"}{",
+    "other JSON": struct.pack("<QB", 3, 1) + b"[]",
+    "half": struct.pack("<QB", 300, 1) + b'{"name":',
+    "a port that is none": struct.pack("<QB", 24, 1) + b'{"tcp_data_port":700000}',
+}
+
+
+@pytest.mark.parametrize("said", GARBAGE.values(), ids=GARBAGE.keys())
+def test_whatever_answers_instead_of_an_engine_makes_the_peer_unreachable(said: bytes | None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                if said is None:
+                    over.wait(30)
+                else:
+                    connection.sendall(said)
+
+        over = threading.Event()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(errors.PeerUnreachable):
+            ask("127.0.0.1", listener.getsockname()[1], 0.5 if said is None else 10)
+        over.set()
+        thread.join()
+
+
+def test_the_data_host_is_the_engines_own_word_or_its_name() -> None:
+    assert Answer("10.0.0.1:15000", "tcp", "", 1).data_host == "10.0.0.1"
+    assert Answer("10.0.0.1:15000", "tcp", "10.0.0.2", 1).data_host == "10.0.0.2"
+
+
+def test_bytes_of_the_dead_that_are_still_in_the_kernel_are_seen_until_they_are_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        dead, living = socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port))
+        ours, others = listener.accept()[0], listener.accept()[0]
+        with living, ours, others:
+            dead.sendall(b"late")
+            dead.close()
+            aftermath = Aftermath(port)
+            assert not aftermath.settled()
+            living.sendall(b"not theirs")  # it was seen empty: whatever comes on it now is another's
+            assert not aftermath.settled()
+            assert ours.recv(2) == b"la"
+            assert not aftermath.settled()
+            assert ours.recv(2) == b"te"
+            assert eventually(aftermath.settled)
+            assert others.recv(100)
+
+
+def test_the_start_of_an_engine_writes_nothing_and_passes_on_what_others_write(
+    installed: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _mooncake_engine._quietly():
+        os.write(2, b"E1121 09:41:10.404366 14052 transfer_metadata.cpp:1098] noise\nsomebody's words\n")
+    MooncakeTransport(MooncakeOptions(**HERE)).close()
+    assert capfd.readouterr().err == "somebody's words\n"
