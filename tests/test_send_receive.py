@@ -194,6 +194,22 @@ def test_an_interrupted_receive_leaves_nothing_and_the_sender_goes_on(tmp_path):
     assert "served 1 receiver" in said
 
 
+def test_a_second_receiver_is_refused_and_an_interrupted_sender_tells_the_first(tmp_path):
+    file = long_file(tmp_path / "clip.safetensors")
+    with (
+        sending(file, "--block-size", "8") as sender,
+        receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver,
+    ):
+        second = paste(f"{sender.command} --format json", tmp_path)
+        assert checked("receive", second.stdout)["error"]["code"] == "room_in_use"
+        sender.process.send_signal(signal.SIGINT)
+        status, _, errors = sender.end()
+        assert (status, errors.splitlines()[0]) == (1, "error: interrupted (cancelled)")
+        _, errors = receiver.communicate(timeout=PATIENCE)
+        assert (receiver.returncode, "(cancelled)" in errors) == (1, True)
+    assert listing(tmp_path) == ["clip.safetensors"]
+
+
 def test_a_disk_that_fills_leaves_nothing(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--block-size", "8", "--count", "1") as sender:
