@@ -8,6 +8,7 @@ their place in the destination, and the destination's tensors are the result.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -176,7 +177,7 @@ class PoolBuffers:
 
     `poison`: a debugging aid, off by default. Freed blocks are filled with a pattern and `check_poison` looks for it
     when they are granted, so that a write to a block that nobody had been granted is seen at the victim.
-    One thread only (the endpoint's I/O thread).
+    One thread only (the endpoint's I/O thread). Where there is not memory for all, nothing stays registered.
     """
 
     def __init__(self, carriers: Carriers, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
@@ -185,10 +186,14 @@ class PoolBuffers:
         self.graveyard = Graveyard()
         self.poisoning = poison
         self._carriers = carriers
-        self._slabs = [self._fresh(slab) for slab in range(geometry.slab_count)]
-        if poison:
-            for block in range(geometry.pool_blocks):
+        self._slabs: list[_Slab] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for slab in range(geometry.slab_count):
+                self._slabs.append(self._fresh(slab))
+            for block in range(geometry.pool_blocks) if poison else ():
                 self.poison(block)
+            undo.pop_all()
 
     @property
     def nbytes(self) -> int:

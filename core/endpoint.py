@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any, Self
 
 from tensorferry.core import messages as m
@@ -47,7 +48,11 @@ CALL_SECONDS = 60.0
 
 
 class Endpoint:
-    """Base of the two endpoints. Subclasses supply `_on_message`, `_carry_out`, `_progress`, `_tick`, `_wind_down`."""
+    """Base of the two endpoints. Subclasses supply `_on_message`, `_carry_out`, `_progress`, `_tick`, `_wind_down`.
+
+    A subclass's constructor works inside `with self._undo` and ends with `_start`: what it leaves by raising is closed
+    by then, the last opened first. The transports are not: whoever opened them closes them, unless this succeeds.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,9 @@ class Endpoint:
         self.layout = layout
         self.settings = settings
         self.incarnation = new_incarnation(time.time_ns(), random.getrandbits(12))
+        for what, text in (("name", name), ("bind", bind)):
+            if not isinstance(text, str):
+                raise ConfigError(f"{what} is a string, not {text!r}")
         self.name = name or f"{os.getpid()}-{self.incarnation:x}"
         if len(self.name) > 128:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
@@ -72,11 +80,19 @@ class Endpoint:
         self._closing = False
         self._stopped = threading.Event()
         self._close_lock = threading.Lock()
-        self._control = Control(_identity(self.incarnation), bind)
-        self.carriers.on_progress(self._control.wake)
         self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
+        with ExitStack() as undo:
+            self._control = Control(_identity(self.incarnation), bind)
+            undo.callback(self._control.close)
+            self.carriers.on_progress(self._control.wake)
+            self._undo = undo.pop_all()
 
     # ---- for subclasses ----------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """The last line of a constructor: from here on, the I/O thread gives back what was opened."""
+        self._thread.start()
+        self._undo.pop_all()
 
     def _on_message(self, route: str, message: m.Message, now: float) -> None:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tensorferry.core.carriers import Carriers
@@ -206,6 +207,12 @@ class Stagings:
         """A transport that will not take its staging is not used, unless it is the only one: then this raises what
         `register` does. Raises ConfigError as Staging does."""
         self._by_name: dict[str, Staging] = {}
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._open(carriers, nbytes)
+            undo.pop_all()
+
+    def _open(self, carriers: Carriers, nbytes: int) -> None:
         shared: Staging | None = None
         for transport in list(carriers.transports):
             if transport.capabilities.registers_sources:

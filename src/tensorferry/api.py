@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from tensorferry.core import receiving, sending
 from tensorferry.core.allocator import Choose, lowest_runs
+from tensorferry.core.carriers import close_all
+from tensorferry.core.errors import ConfigError
 from tensorferry.core.group import Group
 from tensorferry.core.layout import Layout
 from tensorferry.core.settings import Settings
@@ -13,21 +16,29 @@ from tensorferry.core.transport import Transport
 from tensorferry.plugins.registry import AUTO, open_automatic, open_transport
 
 
-def _open(
+@contextmanager
+def _opened(
     transport: str | Transport | None, options: Mapping[str, object] | None, settings: Mapping[str, object]
-) -> tuple[list[Transport], Settings]:
+) -> Iterator[tuple[list[Transport], Settings]]:
     """The transport of a name (or the setting's), or all to choose from, or one that the caller has opened; and the
-    settings.
+    settings. Whatever is raised in here or by those who use it closes the transports, the caller's as well.
 
     Settings come from the arguments, then TENSORFERRY_*, then tensorferry.toml, then the defaults.
     """
-    named = transport if isinstance(transport, str) else None
-    loaded = Settings.load({**settings, "transport": named}).settings
-    if isinstance(transport, Transport):
-        return [transport], loaded
-    if loaded.transport == AUTO:
-        return open_automatic(options), loaded
-    return [open_transport(loaded.transport, options)], loaded
+    opened = [transport] if isinstance(transport, Transport) else []
+    if not opened and not isinstance(transport, str | None):
+        raise ConfigError(f"transport is a name or an open Transport, not {transport!r}")
+    try:
+        named = transport if isinstance(transport, str) else None
+        loaded = Settings.load({**settings, "transport": named}).settings
+        if not opened and loaded.transport == AUTO:
+            opened = open_automatic(options)
+        elif not opened:
+            opened = [open_transport(loaded.transport, options)]
+        yield opened, loaded
+    except BaseException:
+        close_all(opened)
+        raise
 
 
 class Sender(sending.Sender):
@@ -38,9 +49,12 @@ class Sender(sending.Sender):
 
     `bind`: the control address; only this host unless told otherwise. `transport`: a name from `tensorferry
     transports`, "auto" (the default: each receiver is reached by the best that both sides have), or an open Transport,
-    which this endpoint then owns; `options` are those of the transport that is named. `name`: a
-    stable name for this endpoint, by which a restarted process replaces its predecessor at once. `settings`: any
-    setting of docs/settings.md. Raises ConfigError and its kin before anything is opened.
+    which this endpoint owns from the call on: it is closed with it, and also where the call raises. `options` are those
+    of the transport that is named. `name`: a stable name for this endpoint, by which a restarted process replaces its
+    predecessor at once. `settings`: any setting of docs/settings.md. Raises ConfigError and its kin, and keeps nothing
+    open then.
+
+    `close` it, or use it in a `with` block: its thread holds it, so that dropping the last reference ends nothing.
     """
 
     def __init__(
@@ -53,13 +67,8 @@ class Sender(sending.Sender):
         name: str = "",
         **settings: object,
     ) -> None:
-        opened, loaded = _open(transport, options, settings)
-        try:
-            super().__init__(layout, opened, loaded, bind=bind, name=name)
-        except BaseException:
-            for one in opened:
-                one.close()
-            raise
+        with _opened(transport, options, settings) as (transports, loaded):
+            super().__init__(layout, transports, loaded, bind=bind, name=name)
 
 
 class Receiver(receiving.Receiver):
@@ -69,7 +78,8 @@ class Receiver(receiving.Receiver):
             result = receiver.receive(room=17, sender="tcp://127.0.0.1:5555").result(timeout=30)
 
     `group`: this rank's place among several (rank 0 binds the leader's address). The other arguments are those of
-    Sender. Raises ConfigError and its kin before anything is opened.
+    Sender. Raises ConfigError and its kin, and TransportError or OSError where the pool's memory cannot be had; nothing
+    stays open then. `close` it, or use it in a `with` block, as a Sender.
     """
 
     def __init__(
@@ -84,10 +94,5 @@ class Receiver(receiving.Receiver):
         poison: bool = False,
         **settings: object,
     ) -> None:
-        opened, loaded = _open(transport, options, settings)
-        try:
-            super().__init__(layout, opened, loaded, group=group, name=name, choose=choose, poison=poison)
-        except BaseException:
-            for one in opened:
-                one.close()
-            raise
+        with _opened(transport, options, settings) as (transports, loaded):
+            super().__init__(layout, transports, loaded, group=group, name=name, choose=choose, poison=poison)

@@ -1,0 +1,176 @@
+"""How an endpoint begins and ends: what fails to begin leaves nothing, and what ends does so once, from anywhere."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+from scenario_kit import SMALL
+
+import tensorferry as tf
+from tensorferry import errors
+from tensorferry.backends.memory import MemoryOptions, MemoryTransport
+from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.core import control, receiving, sending
+from tensorferry.core.transport import Region
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def nothing_left(port: str) -> Iterator[None]:
+    """No descriptor, no thread, and nothing whose collection hangs (the test's time limit says so)."""
+    tf.Sender(SMALL, transport="shm", bind=port).close()  # whatever is made once in a process
+    gc.collect()
+    before = descriptors(), threading.active_count()
+    yield
+    gc.collect()
+    assert (descriptors(), threading.active_count()) == before
+    tf.Sender(SMALL, transport="shm", bind=port).close()
+
+
+# ---- failing to begin ----------------------------------------------------------------------------------------
+
+
+def out_of_memory(*args: object, **more: object) -> Any:
+    raise OSError("Cannot allocate memory")
+
+
+def a_defect(*args: object, **more: object) -> Any:
+    raise RuntimeError("a defect")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_sender_whose_staging_cannot_be_leaves_nothing(port: str) -> None:
+    for _ in range(3):
+        with pytest.raises(errors.ConfigError, match="staging of 8 bytes"):
+            tf.Sender(SMALL, transport="shm", bind=port, staging_bytes=8)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("what", ["SenderMachine", "Poster"])
+def test_a_sender_that_fails_half_made_leaves_nothing(port: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sending, what, a_defect)
+        with pytest.raises(RuntimeError):
+            tf.Sender(SMALL, transport="shm", bind=port)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("what", ["PoolBuffers", "receiver_policy", "Gatherer"])
+def test_a_receiver_that_fails_half_made_leaves_nothing(port: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(receiving, what, out_of_memory)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            tf.Receiver(SMALL, transport="shm", group=tf.Group(0, 2, port))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_receiver_with_a_leader_that_is_no_address_leaves_nothing() -> None:
+    for _ in range(3):
+        with pytest.raises(errors.ConfigError, match="no address"):
+            tf.Receiver(SMALL, transport="shm", group=tf.Group(1, 2, "tcp://nonsense"))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_an_endpoint_whose_thread_cannot_start_leaves_nothing(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make: list[Callable[[], object]] = [
+        lambda: tf.Sender(SMALL, transport="memory", bind=port),
+        lambda: tf.Receiver(SMALL, transport="memory", group=tf.Group(0, 2, port)),
+    ]
+    for one in make:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", a_defect)
+            with pytest.raises(RuntimeError):
+                one()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("what", ["bind", "getsockopt_string", "MAXMSGSIZE", "ROUTER_MANDATORY"])
+def test_a_control_channel_that_fails_half_made_leaves_nothing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setsockopt = zmq.Socket.setsockopt
+
+    def fails_at_one(socket: zmq.Socket[bytes], option: int, value: Any) -> None:
+        if option == getattr(zmq, what):
+            a_defect()
+        setsockopt(socket, option, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zmq.Socket, *((what, a_defect) if what.islower() else ("setsockopt", fails_at_one)))
+        with pytest.raises(RuntimeError):
+            control.Control(b"x", "tcp://127.0.0.1:0")
+
+
+class Counting(MemoryTransport):
+    """Knows which regions are live, and has memory for so many registrations."""
+
+    room = 3
+
+    def __init__(self) -> None:
+        super().__init__(MemoryOptions())
+        self.live: set[int] = set()
+        self.closed = 0
+
+    def register(self, memory: Any) -> Region:
+        if len(self.live) == self.room:
+            raise errors.TransportError("no room for another region")
+        region = super().register(memory)
+        self.live.add(region.id)
+        return region
+
+    def retire(self, region: Region) -> None:
+        super().retire(region)
+        self.live.discard(region.id)
+
+    def close(self) -> None:
+        self.live_at_the_end = set(self.live)
+        self.closed += 1
+        super().close()
+
+
+def test_a_pool_that_finds_no_room_is_given_back_whole() -> None:
+    transport = Counting()
+    with pytest.raises(errors.TransportError, match="no room"):
+        tf.Receiver(SMALL, transport=transport)
+    assert transport.closed == 1
+    assert transport.live_at_the_end == set()
+
+
+def test_a_transport_that_was_handed_over_is_closed_whatever_is_raised() -> None:
+    wrong: list[dict[str, Any]] = [
+        {"block_size": 0}, {"name": "x" * 129}, {"require": "rdma"}, {"no_such_setting": 1}, {"name": 5},
+        {"pool_blocks": 1 << 20, "slabs": 0},
+    ]  # fmt: skip
+    for arguments in wrong:
+        for make in (tf.Sender, tf.Receiver):
+            transport = ShmTransport(ShmOptions())
+            before = descriptors()
+            with pytest.raises(errors.FerryError):
+                make(SMALL, transport=transport, **arguments)
+            assert descriptors() < before
+
+
+def test_an_address_that_is_no_string_is_refused() -> None:
+    with pytest.raises(errors.ConfigError, match="bind is a string"):
+        tf.Sender(SMALL, transport="memory", bind=5555)  # type: ignore[arg-type]
+
+
+def test_what_is_no_transport_is_refused() -> None:
+    for nonsense in (5, ShmTransport, ["shm"]):
+        with pytest.raises(errors.ConfigError, match="a name or an open Transport"):
+            tf.Sender(SMALL, transport=nonsense)  # type: ignore[arg-type]
