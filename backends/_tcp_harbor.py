@@ -26,7 +26,12 @@ from tensorferry.core.memory import Memory
 
 log = logging.getLogger("tensorferry.backends.tcp")
 
-BACKLOG = 128
+BACKLOG = 1024
+"""Connections that the kernel holds for us: a flood must not make it turn writers away."""
+
+ACCEPTS = 128
+"""Most connections accepted before the other business of the lane has its turn."""
+
 MAX_GUESTS = 64
 """Most connections that have not said who they are. The next one takes the place of the one that is silent longest:
 a writer greets at once, so it is gone from here before its turn comes."""
@@ -232,7 +237,7 @@ class Door:
         self._lane.hang_up(self._listener)
 
     def on_event(self, mask: int) -> None:
-        for _ in range(BACKLOG):
+        for _ in range(ACCEPTS):
             try:
                 connection, _address = self._listener.accept()
             except BlockingIOError:
