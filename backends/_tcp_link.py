@@ -61,7 +61,7 @@ class Post:
     __slots__ = ("_failed", "_keep", "_lock", "_lost", "_parts", "_wake", "cancelled", "drained", "route", "status")
 
     def __init__(self, route: Route, parts: int, keep: Sequence[object], wake: Callable[[], None]) -> None:
-        self.route = route
+        self.route: Route | None = route
         self.status = Status.PENDING
         self.drained = False
         self.cancelled = False
@@ -106,6 +106,7 @@ class Post:
         self._keep = ()  # nothing is read from the sources any more
         if self._lost:
             return False
+        self.route = None  # its watch on the peer is a file
         self.drained = True  # before the status: who sees DONE may release the handle
         if self.status is Status.PENDING:
             self.status = Status.FAILED if self._failed else Status.DONE

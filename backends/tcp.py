@@ -21,6 +21,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -58,6 +59,7 @@ from tensorferry.core.transport import (
     Readiness,
     Region,
     RemoteRegion,
+    Status,
 )
 
 log = logging.getLogger("tensorferry.backends.tcp")
@@ -353,7 +355,10 @@ class TcpTransport(HostTransport[Post]):
     def drained(self, handle: int) -> bool:
         post = self._batch(handle)
         # While the lanes run they find this out themselves; afterwards there is nobody else to ask.
-        return post.drained or (post.status is not post.status.PENDING and self._closed and bool(post.route.over()))
+        if self._closed and not post.drained:
+            route = post.route
+            return route is not None and post.status is not Status.PENDING and bool(route.over())
+        return post.drained
 
     def cancel(self, handle: int) -> None:
         """A part that has not begun never will; of one that has, no further frame begins."""
@@ -446,9 +451,9 @@ def _host(host: str) -> str:
 
 def _ports(port: int | str) -> Sequence[int]:
     """Raises ConfigError for what is neither a port nor a range of ports."""
-    first, _, last = str(port).partition("-")
-    if first.isdecimal() and (last or first).isdecimal():
-        low, high = int(first), int(last or first)
+    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", str(port))
+    if match is not None:
+        low, high = int(match[1]), int(match[2] or match[1])
         if low <= high <= 65535 and (low or not high):
             return range(low, high + 1)
     raise ConfigError(f"the tcp option port is {port!r}", hint='Give a port, 0 for any, or a range as "15000-15100"')
