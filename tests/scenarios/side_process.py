@@ -12,6 +12,7 @@ from scenario_kit import SMALL, assert_same, books, rows
 
 import tensorferry as tf
 from tensorferry.backends import _copier
+from tensorferry.backends._mooncake_engine import Engine
 
 
 class Side:
@@ -70,6 +71,14 @@ class Side:
             return move(destination, source, nbytes)
 
         _copier.memmove = held  # type: ignore[assignment]
+        submit = Engine.submit
+
+        def held_submit(engine: Engine, session: str, source: int, target: int, nbytes: int) -> int:
+            self._held.set()
+            assert self._brake.wait(60)
+            return submit(engine, session, source, target, nbytes)
+
+        Engine.submit = held_submit  # type: ignore[method-assign]
 
     def until_held(self) -> None:
         assert self._held.wait(30), "no copy came"

@@ -1,4 +1,4 @@
-"""Two real processes over shm: whole transfers, and what is left when one is killed or stopped in the middle."""
+"""Two real processes: whole transfers, and what is left when one is killed or stopped in the middle."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ SIZES: dict[str, object] = {"block_size": 16, "pool_blocks": 8, "first_grant": 6
 TOKENS = 1000
 
 
+@pytest.fixture(params=["mooncake", "shm"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., Side]]:
+def start(kind: str) -> Iterator[Callable[..., Side]]:
     """Starts sides; those that are left are killed after the test."""
     started: list[Side] = []
 
     def start_side(role: str, **settings: Any) -> Side:
-        started.append(Side(role, **{**SIZES, "staging_bytes": 1 << 20, **settings}))
+        started.append(Side(role, **{**SIZES, "transport": kind, "staging_bytes": 1 << 20, **settings}))
         return started[-1]
 
     yield start_side
@@ -33,8 +38,8 @@ def start() -> Iterator[Callable[..., Side]]:
         side.end()
 
 
-def quay(**more: Any) -> Quay:
-    return Quay("shm", layout=SMALL, **{**SIZES, **more})
+def quay(kind: str, **more: Any) -> Quay:
+    return Quay(kind, layout=SMALL, **{**SIZES, **more})
 
 
 def free_port() -> str:
@@ -43,10 +48,10 @@ def free_port() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_every_length_arrives_from_another_process(start: Callable[..., Side]) -> None:
+def test_every_length_arrives_from_another_process(start: Callable[..., Side], kind: str) -> None:
     sender = start("sender")
     address = sender.address
-    with quay() as here:
+    with quay(kind) as here:
         for room, total in enumerate([0, 1, 15, 16, 17, 500, TOKENS, 20_000]):
             sender.ask("send", room=room, total=total, seed=room)
             receiving = here.receiver.receive(room, address)
@@ -58,9 +63,9 @@ def test_every_length_arrives_from_another_process(start: Callable[..., Side]) -
     assert sender.ask("close") is None
 
 
-def test_a_room_that_another_process_receives_is_in_use(start: Callable[..., Side]) -> None:
+def test_a_room_that_another_process_receives_is_in_use(start: Callable[..., Side], kind: str) -> None:
     other = start("receiver")
-    with quay() as here:
+    with quay(kind) as here:
         sending = here.sender.announce(1, TOKENS)
         other.ask("receive", room=1, sender=here.sender.address)
         eventually(lambda: sending.status == "WAITING_FOR_INPUT")
@@ -76,11 +81,12 @@ def test_a_room_that_another_process_receives_is_in_use(start: Callable[..., Sid
 
 def test_a_sender_killed_in_the_middle_of_a_write_is_lost_and_its_blocks_are_free_at_once(
     start: Callable[..., Side],
+    kind: str,
 ) -> None:
     """F4: the kernel's word that the process is gone; no slab is replaced. Other senders' rooms go on meanwhile."""
     victim = start("sender")
     address = victim.address
-    with quay(**QUICK) as here:
+    with quay(kind, **QUICK) as here:
         slow = here.sender.announce(7, TOKENS)
         alive = here.receive(7)
         victim.ask("hold_copies")
@@ -101,12 +107,12 @@ def test_a_sender_killed_in_the_middle_of_a_write_is_lost_and_its_blocks_are_fre
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-content", "other-content"])
 def test_a_sender_killed_and_started_again_on_its_address_goes_on_or_starts_over(
-    start: Callable[..., Side], same: bool
+    start: Callable[..., Side], kind: str, same: bool
 ) -> None:
     address = free_port()
     first = start("sender", bind=address)
     name = "00" * 16
-    with quay() as here:
+    with quay(kind) as here:
         first.ask("announce", room=1, total=TOKENS, ready=320, content_id=name if same else None)
         receiving = here.receiver.receive(1, address)
         eventually(lambda: receiving.sent_tokens == 320)
@@ -120,9 +126,11 @@ def test_a_sender_killed_and_started_again_on_its_address_goes_on_or_starts_over
         assert sum(r.tokens for r in receiving.rounds) == TOKENS
 
 
-def test_a_receiver_killed_in_the_middle_ends_the_send_and_releases_the_rows(start: Callable[..., Side]) -> None:
+def test_a_receiver_killed_in_the_middle_ends_the_send_and_releases_the_rows(
+    start: Callable[..., Side], kind: str
+) -> None:
     victim = start("receiver")
-    with quay(**QUICK) as here:
+    with quay(kind, **QUICK) as here:
         sending = here.sender.announce(1, TOKENS)
         sending.put(0, **rows(320, 0, SMALL))
         other, other_room = here.receive(2), here.sender.announce(2, TOKENS)
@@ -138,9 +146,9 @@ def test_a_receiver_killed_in_the_middle_ends_the_send_and_releases_the_rows(sta
         eventually(lambda: not here.sender._poster.targets.keys() - here.sender.machine.receivers.keys())
 
 
-def test_a_receiver_killed_and_started_again_receives_from_the_beginning(start: Callable[..., Side]) -> None:
+def test_a_receiver_killed_and_started_again_receives_from_the_beginning(start: Callable[..., Side], kind: str) -> None:
     victim, successor = start("receiver"), start("receiver")
-    with quay(**QUICK) as here:
+    with quay(kind, **QUICK) as here:
         given = rows(TOKENS, 0, SMALL)
         sending = here.sender.announce(1, TOKENS)
         sending.put(0, **{name: tensor[:320] for name, tensor in given.items()})
@@ -155,9 +163,9 @@ def test_a_receiver_killed_and_started_again_receives_from_the_beginning(start: 
         eventually(lambda: successor.ask("books") == {})
 
 
-def test_the_memory_of_receivers_that_are_gone_is_let_go_of(start: Callable[..., Side]) -> None:
+def test_the_memory_of_receivers_that_are_gone_is_let_go_of(start: Callable[..., Side], kind: str) -> None:
     """A sender maps a receiver's pool. Of one that has finished and ended nothing is kept."""
-    with quay() as here:
+    with quay(kind) as here:
         for room in range(2):
             visitor = start("receiver")
             visitor.ask("receive", room=room, sender=here.sender.address)
@@ -169,11 +177,12 @@ def test_the_memory_of_receivers_that_are_gone_is_let_go_of(start: Callable[...,
 
 def test_a_sender_stopped_in_the_middle_of_a_write_costs_its_slab_and_corrupts_nothing(
     start: Callable[..., Side],
+    kind: str,
 ) -> None:
     """F3: what it still writes when it wakes lands in memory that nobody uses. Then it is a sender like any other."""
     zombie = start("sender", **QUICK)
     address = zombie.address
-    with quay(**QUICK) as here:
+    with quay(kind, **QUICK) as here:
         zombie.ask("hold_copies")
         zombie.ask("send", room=1, total=TOKENS)
         receiving = here.receiver.receive(1, address)
@@ -201,9 +210,11 @@ def test_a_sender_stopped_in_the_middle_of_a_write_costs_its_slab_and_corrupts_n
         assert not here.receiver.stale_writes
 
 
-def test_a_stopped_receiver_ends_the_send_and_is_welcome_again_when_it_wakes(start: Callable[..., Side]) -> None:
+def test_a_stopped_receiver_ends_the_send_and_is_welcome_again_when_it_wakes(
+    start: Callable[..., Side], kind: str
+) -> None:
     sleeper = start("receiver", **QUICK)
-    with quay(**QUICK) as here:
+    with quay(kind, **QUICK) as here:
         given = rows(TOKENS, 0, SMALL)
         sending = here.sender.announce(1, TOKENS)
         sending.put(0, **{name: tensor[:320] for name, tensor in given.items()})
@@ -225,9 +236,9 @@ def test_a_stopped_receiver_ends_the_send_and_is_welcome_again_when_it_wakes(sta
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
-def test_a_pause_shorter_than_the_timeout_is_only_a_pause(start: Callable[..., Side], who: str) -> None:
+def test_a_pause_shorter_than_the_timeout_is_only_a_pause(start: Callable[..., Side], kind: str, who: str) -> None:
     there = start("receiver" if who == "receiver" else "sender")
-    with quay() as here:
+    with quay(kind) as here:
         given = rows(20_000, 0, SMALL)
         if who == "sender":
             address = there.address
@@ -250,6 +261,7 @@ def test_a_pause_shorter_than_the_timeout_is_only_a_pause(start: Callable[..., S
             sending.wait(PATIENCE)
 
 
+@pytest.mark.parametrize("kind", ["shm"], indirect=True)
 def test_memory_does_not_join_two_processes_and_says_so_on_both_sides(start: Callable[..., Side]) -> None:
     there = start("sender", transport="memory", **QUICK)
     with Quay("memory", layout=SMALL, **SIZES, **QUICK) as here:  # type: ignore[arg-type]
