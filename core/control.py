@@ -139,7 +139,7 @@ class Control:
         """Queue a message. What cannot be queued is dropped and counted: it will be said again."""
         try:
             frame = encode(message)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):  # too long, not of the wire's types, beyond 64 bits
             self.dropped["unencodable"] += 1
             log.exception("a message that cannot be encoded was dropped")
             return

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 from tensorferry.core import messages as m
+from tensorferry.core.arguments import text
 from tensorferry.core.carriers import Carriers
 from tensorferry.core.control import Control
 from tensorferry.core.effects import Effect, Send
@@ -66,10 +67,8 @@ class Endpoint:
         self.layout = layout
         self.settings = settings
         self.incarnation = new_incarnation(time.time_ns(), random.getrandbits(12))
-        for what, text in (("name", name), ("bind", bind)):
-            if not isinstance(text, str):
-                raise ConfigError(f"{what} is a string, not {text!r}")
-        self.name = name or f"{os.getpid()}-{self.incarnation:x}"
+        text(bind, "bind", kind=ConfigError)
+        self.name = text(name, "name", kind=ConfigError) or f"{os.getpid()}-{self.incarnation:x}"
         if len(self.name) > 128:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
         self.carriers = Carriers(transports, require=settings.require)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorferry.core.arguments import integer, text
 from tensorferry.core.errors import ConfigError
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.messages import Query, Verdict
@@ -30,6 +31,9 @@ class Group:
     leader: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", integer(self.rank, "rank", kind=ConfigError))
+        object.__setattr__(self, "ranks", integer(self.ranks, "ranks", kind=ConfigError))
+        text(self.leader, "the leader's address", kind=ConfigError)
         if not 0 <= self.rank < self.ranks <= 4096:
             raise ConfigError(f"rank {self.rank} of {self.ranks}: ranks count from 0 and are at most 4096")
 

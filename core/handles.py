@@ -107,6 +107,8 @@ class SendTransfer(Transfer):
     def __init__(self, sender: Sender, room: int, total_tokens: int) -> None:
         super().__init__(room)
         self.total_tokens = total_tokens
+        self.sent_tokens = 0
+        """How far the rows reach that the receiver has said to have: of the rank that is furthest behind."""
         self._sender = sender
         self._serial = 0
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
 from tensorferry.core.allocator import BlockPool, Choose, lowest_runs
+from tensorferry.core.arguments import integer, text
 from tensorferry.core.buffers import Destination, PoolBuffers
 from tensorferry.core.carriers import Reach
 from tensorferry.core.digest import MODES
@@ -126,13 +127,18 @@ class Receiver(Endpoint):
         `dummy`: this rank takes part in the group's decision and receives no data. Raises RoomInUse, Overloaded, or
         ConfigError for what is no address.
         """
-        if not 0 <= room < 1 << 63:
-            raise BadCall(f"room {room} is not in [0, 2**63)")
+        room, sender = integer(room, "room"), text(sender, "the sender's address")
         transfer = ReceiveTransfer(self, room, sender)
 
         def start() -> None:
+            new = sender not in self._control.routes
             self._control.connect(sender)
-            xfer, effects = self.machine.receive(room, sender, dummy=dummy)
+            try:
+                xfer, effects = self.machine.receive(room, sender, dummy=bool(dummy))
+            except FerryError:
+                if new:
+                    self._control.disconnect(sender)
+                raise
             transfer._xfer = xfer
             self._transfers[xfer] = transfer
             self._do(effects)

@@ -471,6 +471,9 @@ class SenderMachine(SenderState):
         if slot.offer is not None and 0 < b.high < last:
             self._show(slot.offer, Status.TRANSFERRING)
         b.high = max(b.high, last)
+        if slot.offer is not None and grant.prefix > b.prefix:
+            b.prefix = grant.prefix
+            self._effects.append(Progressed(slot.offer.serial))
         slot.touched += 1
         if r.problem is not None:
             self._effects.append(Connect(r.route, r.hello))

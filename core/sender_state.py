@@ -40,6 +40,7 @@ class Binding:
     vote: bool | None = None
     closed: str | None = None  # the code of its Close, "" for delivered
     high: int = 0  # not protocol state: indices below it have been granted once
+    prefix: int = 0  # not protocol state either: how far the receiver says that its rows reach
 
     @property
     def key(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
+from tensorferry.core.arguments import INT64, int64s, integer, names, sixteen_bytes
 from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
@@ -98,8 +99,7 @@ class Sender(Endpoint):
         `aux`: up to 14 int64 words of the caller's own, aux[2:] in the result; aux[0] is the length, aux[1]
         `mrope_delta`. Raises RoomInUse, BadCall, BadTensor (for components) or Overloaded.
         """
-        names = tuple(self.layout.names) if components is None else tuple(components)
-        source = Source(self.layout, total_tokens, names)
+        source = Source(self.layout, total_tokens, names(self.layout.names if components is None else components))
         return self._offer(room, source, content_id, aux, mrope_delta)
 
     def send(
@@ -136,18 +136,11 @@ class Sender(Endpoint):
     def _offer(
         self, room: int, source: Source, content_id: bytes | None, aux: Sequence[int], mrope_delta: int
     ) -> SendTransfer:
-        if not 0 <= room < 1 << 63:
-            raise BadCall(f"room {room} is not in [0, 2**63)")
-        content_id = secrets.token_bytes(16) if content_id is None else bytes(content_id)
-        if len(content_id) != 16:
-            raise BadCall(f"content_id has {len(content_id)} bytes, not 16", room=room, hint="Hash it to 128 bits")
-        if len(aux) > AUX_WORDS - 2:
-            raise BadCall(f"aux has {len(aux)} words, there is room for {AUX_WORDS - 2}", room=room)
-        words = [source.total_tokens, mrope_delta, *aux]
-        try:
-            packed = _AUX.pack(*words, *[0] * (AUX_WORDS - len(words)))
-        except struct.error as problem:
-            raise BadCall(f"aux and mrope_delta are int64: {problem}", room=room) from None
+        room = integer(room, "room")
+        content_id = secrets.token_bytes(16) if content_id is None else sixteen_bytes(content_id, "content_id")
+        words = [source.total_tokens, integer(mrope_delta, "mrope_delta", lowest=INT64)]
+        words += int64s(aux, "aux", AUX_WORDS - 2)
+        packed = _AUX.pack(*words, *[0] * (AUX_WORDS - len(words)))
         facts = Facts(source.total_tokens, content_id, self.layout.presence(source.names), packed, self.integrity)
         plan = slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0)
         self._poster.staging.max_blocks(plan, source.names)
@@ -193,6 +186,8 @@ class Sender(Endpoint):
                 offer_status = "SUCCESS" if error is None else "FAILED"
                 transfer.error = error
                 transfer.status = type(transfer.status)(offer_status)
+                if error is None:
+                    transfer.sent_tokens = transfer.total_tokens
                 if serial in self._poster.sources and not self._poster.reads(serial):
                     self._poster.sources[serial].release()  # a write that never drains must not pin the caller's rows
                 self._publish(transfer)
@@ -201,10 +196,14 @@ class Sender(Endpoint):
                 live = self._transfers.get(serial)
                 if slot is not None and slot.offer is not None and live is not None:
                     live.status = slot.offer.status
-                    self._show_way(live, slot)
+                    self._show_progress(live, slot)
                     self._publish(live)
 
-    def _show_way(self, transfer: SendTransfer, slot: Slot) -> None:
+    def _show_progress(self, transfer: SendTransfer, slot: Slot) -> None:
+        reached = [b.prefix for b in slot.bindings.values() if not b.dummy]
+        if reached:
+            said = min(reached) * self.settings.block_size
+            transfer.sent_tokens = max(transfer.sent_tokens, min(said, transfer.total_tokens))
         for binding in slot.bindings.values():
             target = self._poster.targets.get(binding.receiver)
             if target is not None:

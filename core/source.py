@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from tensorferry.core.arguments import INT64, integer
 from tensorferry.core.errors import BadCall, BadTensor, Unsupported
 from tensorferry.core.layout import Component, Layout, SlabPlan, align
 from tensorferry.core.memory import Memory, copy_bytes
@@ -55,10 +56,8 @@ class Source:
             raise BadTensor(f"{_listed(missing)} is missing: it is not optional in this layout")
         if not given:
             raise BadTensor(f"a transfer needs at least one component of {_listed(layout.names)}")
-        if total_tokens < 0:
-            raise BadCall(f"a transfer cannot have {total_tokens} tokens")
         self.layout = layout
-        self.total_tokens = total_tokens
+        self.total_tokens = integer(total_tokens, "total_tokens", bits=48)
         self.names = tuple(name for name in layout.names if name in given)
         self.kinds = kinds
         self._starts: list[int] = []  # first token of each piece
@@ -89,6 +88,7 @@ class Source:
         missing = [name for name in self.names if name not in given]
         if missing:
             raise BadTensor(f"{_listed(missing)} is missing: it was announced, so every piece needs it")
+        start = integer(start, "start", lowest=INT64)
         if start != self._ready:
             raise BadCall(
                 f"put at token {start}, but the next token is {self._ready}",

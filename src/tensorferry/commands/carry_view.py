@@ -31,8 +31,8 @@ class View:
     def wait(self, text: str) -> None:
         """What is being waited for."""
 
-    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int) -> None:
-        """`tokens` of `total` have arrived, in `rounds` finished rounds."""
+    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int | None = None) -> None:
+        """`tokens` of `total` have arrived, in `rounds` finished rounds, where this side counts them."""
 
     def close(self) -> None:
         """The command has ended, well or not."""
@@ -53,9 +53,10 @@ class Lines(View):
     def wait(self, text: str) -> None:
         if text != self._waiting:
             self._waiting = text
+            self._began = 0.0  # what moves next is another transfer, or the same after a pause
             self.line(text)
 
-    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int) -> None:
+    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int | None = None) -> None:
         now = time.monotonic()
         self._began = self._began or now
         if tokens == self._shown or (now - self._last < LINE_SECONDS and tokens < total):
@@ -65,8 +66,12 @@ class Lines(View):
         rate = f", {in_bytes(tokens * token_bytes / spent)}/s" if spent > 0 else ""
         self.line(
             f"{tokens} of {total} tokens, {in_bytes(tokens * token_bytes)} of {in_bytes(total * token_bytes)}"
-            f"{rate}, {rounds} {'round' if rounds == 1 else 'rounds'}"
+            f"{rate}{_in_rounds(rounds)}"
         )
+
+
+def _in_rounds(rounds: int | None) -> str:
+    return "" if rounds is None else f", {rounds} {'round' if rounds == 1 else 'rounds'}"
 
 
 class Drawn(View):
@@ -92,14 +97,14 @@ class Drawn(View):
             self._task, self._moving = self._progress.add_task(text, total=None), False
         self._progress.update(self._task, description=text)
 
-    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int) -> None:
+    def progress(self, tokens: int, total: int, token_bytes: int, rounds: int | None = None) -> None:
         if not self._moving or self._task is None:
             self._start_bar(total * token_bytes)
         assert self._task is not None
         self._progress.update(
             self._task,
             completed=tokens * token_bytes,
-            description=f"{tokens} of {total} tokens, {rounds} {'round' if rounds == 1 else 'rounds'}",
+            description=f"{tokens} of {total} tokens{_in_rounds(rounds)}",
         )
 
     def _start_bar(self, nbytes: int) -> None:

@@ -124,6 +124,8 @@ class Serving:
             if offer.done:
                 self._offer = None
                 self._ended(offer, view)
+            elif self._began and offer.sent_tokens:
+                view.progress(offer.sent_tokens, self.file.tokens, self.file.table.layout.token_bytes)
             elif self._began:
                 view.wait(f"a receiver has opened room {self.room}")
             elif self._arrived:
