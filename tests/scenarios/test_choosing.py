@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,3 +207,40 @@ def test_the_choice_is_logged_once_for_each_peer(caplog: pytest.LogCaptureFixtur
             sides.carry(room)
     assert sum("is reached by shm (first choice" in line for line in caplog.messages) == 1
     assert sum("can reach us by shm (first choice" in line for line in caplog.messages) == 1
+
+
+# ---- senders and receivers that come and go ----------------------------------------------------------------------
+
+
+def test_connections_to_senders_that_nothing_is_wanted_from_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedding sides restart on fresh ports for weeks; a language side must not keep a socket for each."""
+    monkeypatch.setattr(receiving, "ROUTE_SECONDS", 0.2)
+    with tf.Receiver(SMALL, transport="shm") as receiver:
+        for room in range(4):
+            with tf.Sender(SMALL, transport="shm") as sender:
+                given = rows(TOKENS, seed=room, layout=SMALL)
+                sender.send(room, **given)
+                assert_same(receiver.receive(room, sender.address).result(PATIENCE), given)
+        eventually(lambda: not receiver._control.routes)
+        assert not receiver.machine.peers
+        assert not receiver._heard
+        eventually(lambda: not receiver._known)
+        with tf.Sender(SMALL, transport="shm") as sender:
+            for room in range(10, 12):  # the same sender again, after its connection was let go
+                given = rows(TOKENS, seed=room, layout=SMALL)
+                sender.send(room, **given)
+                assert_same(receiver.receive(room, sender.address).result(PATIENCE), given)
+                eventually(lambda: not receiver._control.routes)
+
+
+def test_a_sender_forgets_receivers_to_make_room_and_serves_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tf.Sender(SMALL, transport="shm") as sender, ExitStack() as stack:
+        sender.machine.policy = replace(sender.machine.policy, max_peers=2)
+        receivers = [stack.enter_context(tf.Receiver(SMALL, transport="shm")) for _ in range(4)]
+        for room in range(12):
+            given = rows(TOKENS, seed=room, layout=SMALL)
+            sender.send(room, **given)
+            assert_same(receivers[room % 4].receive(room, sender.address).result(PATIENCE), given)
+        assert len(sender.machine.receivers) == 2
+        eventually(lambda: len(sender._poster.targets) <= 2)
+        eventually(lambda: len(sender._heard) <= 2)
