@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from tensorferry.backends._mooncake_wire import Descriptor, ask
@@ -20,6 +21,7 @@ class Contact:
     """One attempt. `done` is called from another thread when `error` says how it went (None: the peer is there)."""
 
     def __init__(self, told: Descriptor, timeout_s: float, done: Callable[[], None]) -> None:
+        self.began = time.monotonic()
         self.over = False
         self.error: FerryError | None = None
         self._told = told

@@ -172,18 +172,30 @@ class Engine:
         _alive.discard(self)
         self._memory.clear()
 
+    def abandon(self) -> None:
+        """Instead of `close` while submits over RDMA are under way: its destructor would wait for them with the GIL
+        held (10 s measured, with a peer that was killed). The engine and its memory stay until the process ends."""
+        _pin(self._engine)
+        _abandoned.append(self)
+
 
 def _ipv6() -> bool:
     return bool(os.environ.get("MC_USE_IPV6"))
 
 
 _alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+_abandoned: list[Engine] = []
 
 
-def _keep_for_ever() -> None:
+def _pin(engine: Any) -> None:
+    """Its destructor is never run, not at the end of the interpreter either."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+def _pin_all() -> None:
     """In a forked child the engine's threads do not exist, and its destructor would wait for them for ever."""
     for engine in _alive:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._engine))
+        _pin(engine._engine)
 
 
-os.register_at_fork(after_in_child=_keep_for_ever)
+os.register_at_fork(after_in_child=_pin_all)

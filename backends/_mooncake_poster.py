@@ -38,6 +38,9 @@ WATCH_S = 0.1
 COOLDOWN_S = 1.1
 """After a failure the engine connects to a peer again only after 1 s, and whatever is submitted before that fails."""
 
+GRACE_S = 0.5
+"""Beyond its own time-out, for an attempt at contact to end: one that hangs in the resolver does not."""
+
 LINGER_S = 0.5
 """How long the end waits for submits that are under way. Longer ones are with peers that do not answer."""
 
@@ -138,14 +141,14 @@ class Poster:
         now = time.monotonic()
         for target in self._targets:
             if target.jobs:
-                waits.append(self._deadline(target) - now)
+                waits.append(self._deadline(target, target.jobs[0]) - now)
                 if target.contact is None:
                     waits.append(target.not_before - now)
         return max(0.0, min(waits)) if waits else None
 
-    def _deadline(self, target: Target) -> float:
-        """When the jobs that wait for a peer to answer have waited long enough."""
-        return max(target.jobs[0].queued_at, target.not_before) + self._limits.contact_s
+    def _deadline(self, target: Target, job: Job) -> float:
+        """When a job that waits for a peer to answer has waited long enough."""
+        return max(job.queued_at, target.not_before) + self._limits.contact_s + GRACE_S
 
     def _accept(self, job: Job) -> None:
         if job.target not in self._targets:
@@ -243,20 +246,23 @@ class Poster:
             target.ready = contact.error is None
             if contact.error is not None:
                 target.not_before = now + COOLDOWN_S
-                self._give_up(target, contact.error.cause)
+                # Those that came while it was under way are asked for anew: a peer may go on, or come back.
+                self._give_up(target, contact.error.cause, lambda job: job.queued_at <= contact.began)
         if not target.jobs:
             return
         if target.ended():
             self._give_up(target, "its process has ended")
-        elif not target.ready and now > self._deadline(target):
-            self._give_up(target, f"it did not answer within {self._limits.contact_s:g} s")
+        elif not target.ready and now > self._deadline(target, target.jobs[0]):
+            late = f"it did not answer within {self._limits.contact_s:g} s"
+            self._give_up(target, late, lambda job: now > self._deadline(target, job))
         elif not target.ready and target.contact is None and now >= target.not_before:
             target.contact = Contact(target.told, self._limits.contact_s, self.nudge)
 
-    def _give_up(self, target: Target, why: str) -> None:
-        if target.jobs:
-            log.warning("%d posts to %s fail: %s", len(target.jobs), target.name, why)
-        for job in list(target.jobs):
+    def _give_up(self, target: Target, why: str, which: Callable[[Job], bool] = lambda job: True) -> None:
+        jobs = [job for job in target.jobs if which(job)]
+        if jobs:
+            log.warning("%d posts to %s fail: %s", len(jobs), target.name, why)
+        for job in jobs:
             self._drop(job)
 
     def _drop(self, job: Job) -> None:
@@ -328,7 +334,7 @@ class Poster:
     # ---- the end -----------------------------------------------------------------------------------------
 
     def _wind_up(self) -> None:
-        """Fail what never began, wait a little for what has begun, destroy the engine."""
+        """Fail what never began, wait a little for what has begun, destroy the engine where that does not take long."""
         while not self._inbox.empty():
             call = self._inbox.get()
             if call is not None:
@@ -342,12 +348,14 @@ class Poster:
             for target in self._targets:
                 self._poll(target, time.monotonic())
             time.sleep(POLL_S)
-        self._engine.close()
-        for target in self._targets:  # the engine is gone: nothing reads these sources any more
-            for submit in target.under_way.values():
-                submit.job.under_way -= 1
-                self._lose(submit.job)
-            target.under_way.clear()
+        left = [submit.job for target in self._targets for submit in target.under_way.values()]
+        if left and self._engine.protocol != "tcp":
+            log.warning("%d writes do not end: the engine is left as it is until the process ends", len(left))
+            self._engine.abandon()
+        else:
+            self._engine.close()
+        for job in left:
+            self._lose(job)
 
 
 def _nothing() -> None:

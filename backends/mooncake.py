@@ -309,7 +309,7 @@ class MooncakeTransport(HostTransport[Job]):
     # ---- the end -----------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Submit no more, wait half a second for what is under way, end the engine.
+        """Submit no more, wait half a second for what is under way, end the engine (see `Engine.abandon`).
 
         A handle can be polled afterwards: DONE; FAILED, where some of it was never submitted; UNKNOWN, where the engine
         ended before it.
