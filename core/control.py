@@ -64,7 +64,7 @@ class Control:
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._router: zmq.Socket[bytes] | None = None
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_lock = threading.Lock()
+        self._wake_lock = threading.RLock()  # a signal's handler may call from within `wake`
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self.address = ""
         if bind:

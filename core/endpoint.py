@@ -78,7 +78,7 @@ class Endpoint:
         self._pid = os.getpid()
         self._closing = False
         self._stopped = threading.Event()
-        self._close_lock = threading.Lock()
+        self._over = False  # the I/O thread has nothing left to do
         self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
         with ExitStack() as undo:
             self._control = Control(_identity(self.incarnation), bind)
@@ -156,7 +156,8 @@ class Endpoint:
             self._guard(self._release)
             self._guard(self._control.close)
             while self._commands:
-                self._commands.popleft()[1].set_exception(BadCall("the endpoint is closed"))
+                self._answer(_closed, self._commands.popleft()[1])
+            self._over = True
 
     def _guard(self, work: Callable[[], Any], message: m.Message | None = None) -> Any:
         """Run `work`; whatever it raises ends a transfer at most, never the thread."""
@@ -184,6 +185,8 @@ class Endpoint:
             self._guard(lambda: blame(error))
 
     def _answer(self, command: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # the caller has gone
         try:
             future.set_result(command())
         except Exception as problem:  # noqa: BLE001 - whatever it is, it belongs to the caller
@@ -210,13 +213,12 @@ class Endpoint:
         if os.getpid() != self._pid:
             raise BadCall("an endpoint does not survive fork", hint="Make one in the child, or start it with spawn")
         if self._stopped.is_set() or self._closing:
-            raise BadCall("the endpoint is closed")
+            _closed()
         future: Future[Any] = Future()
         self._commands.append((work, future))
         self._control.wake()
-        if self._stopped.is_set():  # it ended between the two lines above: nobody will answer
-            future.cancel()
-            raise BadCall("the endpoint is closed")
+        if self._stopped.is_set() and future.cancel():  # it ended meanwhile, and nobody has answered
+            _closed()
         return future.result(CALL_SECONDS)
 
     def poll(self) -> list[Any]:
@@ -232,21 +234,27 @@ class Endpoint:
         return changed
 
     def close(self) -> None:
-        """End what is live (as Cancelled), tell the peers, free everything. Idempotent; a second or two at most."""
-        with self._close_lock:
-            if os.getpid() != self._pid:
-                return
-            if not self._closing:
-                self._closing = True
-                self._control.wake()
-            if self._thread.is_alive() and threading.current_thread() is not self._thread:
-                self._thread.join(CLOSE_SECONDS + 30)
+        """End what is live (as Cancelled), tell the peers, free everything. Idempotent; a second or two at most.
+
+        From any thread, from several at once, and from a signal's handler: each returns when it is over. Nothing else
+        ends an endpoint before its process: the I/O thread holds it, so that dropping the last reference does not.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._closing = True  # no lock: a handler may run in the thread that is in here already
+        self._control.wake()
+        if not self._over and threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS + 30)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _closed() -> None:
+    raise BadCall("the endpoint is closed")
 
 
 def _identity(incarnation: int) -> bytes:

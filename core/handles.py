@@ -7,8 +7,11 @@ The I/O thread publishes; callers read. Nothing here decides anything, and no ca
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.core.errors import BadCall, Cancelled, DeadlineExceeded, FerryError
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from tensorferry.core.receiving import Receiver
     from tensorferry.core.selection import Verdict
     from tensorferry.core.sending import Sender
+
+log = logging.getLogger("tensorferry.transfer")
 
 
 class Transfer:
@@ -39,6 +44,7 @@ class Transfer:
         """Every transport of either side, best first, each with the reason for its place or for not being used."""
         self._changed = threading.Condition()
         self._waiters: list[Callable[[], None]] = []
+        self._pid = os.getpid()
 
     @property
     def done(self) -> bool:
@@ -53,9 +59,22 @@ class Transfer:
             if self.done:
                 self._waiters = []
         for waiter in waiters:
-            waiter()
+            try:
+                waiter()
+            except Exception:  # a waiter's own trouble; the others wait as well
+                log.exception("somebody who waits for room %d could not be told", self.room)
+
+    def _check_process(self) -> None:
+        """Raises BadCall in a forked child: nothing changes there any more, and who holds a lock may be left behind."""
+        if os.getpid() != self._pid:
+            raise BadCall(
+                "a transfer does not go on in a forked child", room=self.room, hint="Use it in the process that made it"
+            )
 
     def _wait_until(self, what: Callable[[], bool], timeout: float | None) -> None:
+        if what():  # what has ended can be read in a forked child as well
+            return
+        self._check_process()
         with self._changed:
             if not self._changed.wait_for(what, timeout):
                 raise DeadlineExceeded(
@@ -86,15 +105,22 @@ class Transfer:
                 future.set_result(None)
 
         def from_thread() -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
                 loop.call_soon_threadsafe(wake)
 
+        if self.done:
+            return self._outcome()
+        self._check_process()
         with self._changed:
             done = self.done
             if not done:
                 self._waiters.append(from_thread)
         if not done:
-            yield from future
+            try:
+                yield from future
+            finally:  # cancelled, perhaps: a caller that waits with a time-out, again and again, leaves nothing here
+                with self._changed, suppress(ValueError):
+                    self._waiters.remove(from_thread)
         return self._outcome()
 
     def __repr__(self) -> str:
@@ -117,6 +143,7 @@ class SendTransfer(Transfer):
         component. Raises BadTensor or BadCall, changing nothing, or the transfer's error if it has ended."""
         if self.done:
             raise self.error or BadCall("the transfer has ended", room=self.room)
+        self._check_process()
         self._sender._put(self, start, components)
 
     def cancel(self) -> None:

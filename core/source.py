@@ -7,6 +7,7 @@ and again after a failure.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ class LocalCopy:
 class Source:
     """The rows of one transfer of `total_tokens` tokens, with the components `present`.
 
-    `kinds`: memory that the transport can read from, "cpu" or "cuda". `put` may be called from another thread than
-    everything else. Raises BadTensor for names that the layout does not have, or that it needs and are not there.
+    `kinds`: memory that the transport can read from, "cpu" or "cuda". `put` may be called from other threads than
+    everything else, and of two that put at the same token one is refused. Raises BadTensor for names that the layout
+    does not have, or that it needs and are not there.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Source:
         self._views: dict[tuple[str, int], memoryview] = {}
         self._ready = 0
         self._released = False
+        self._putting = threading.Lock()
 
     @property
     def ready(self) -> int:
@@ -78,6 +81,7 @@ class Source:
         are not copied and must not change until the transfer's end. Raises BadCall for the wrong `start`, too many
         rows or a call after `release`, BadTensor for a tensor that does not fit; nothing has changed then.
         """
+        start = integer(start, "start", lowest=INT64)
         if self._released:
             raise BadCall("put after the transfer has ended")
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -88,12 +92,7 @@ class Source:
         missing = [name for name in self.names if name not in given]
         if missing:
             raise BadTensor(f"{_listed(missing)} is missing: it was announced, so every piece needs it")
-        start = integer(start, "start", lowest=INT64)
-        if start != self._ready:
-            raise BadCall(
-                f"put at token {start}, but the next token is {self._ready}",
-                hint="Put rows in order, without gaps",
-            )
+        self._check_next(start)
         rows = {name: _checked(self.layout[name], given[name], self.kinds) for name in self.names}
         lengths = {name: int(tensor.shape[0]) for name, tensor in rows.items()}
         if len(set(lengths.values())) > 1:
@@ -104,11 +103,24 @@ class Source:
             raise BadCall(f"{count} rows at token {start} go beyond the {self.total_tokens} announced")
         if count == 0:
             return
-        for name, tensor in rows.items():
-            memory = Memory(tensor.data_ptr(), count * self.layout[name].token_bytes, tensor.device.type, tensor)
-            self._pieces[name].append(memory)
-        self._starts.append(start)
-        self._ready = start + count  # last: another thread may read what lies before it from here on
+        pieces = {
+            name: Memory(tensor.data_ptr(), count * self.layout[name].token_bytes, tensor.device.type, tensor)
+            for name, tensor in rows.items()
+        }
+        with self._putting:  # held for an instant: `release` needs it, in the I/O thread
+            self._check_next(start)
+            for name, memory in pieces.items():
+                self._pieces[name].append(memory)
+            self._starts.append(start)
+            self._ready = start + count  # last: another thread may read what lies before it from here on
+
+    def _check_next(self, start: int) -> None:
+        if self._released:
+            raise BadCall("put after the transfer has ended")
+        if start != self._ready:
+            raise BadCall(
+                f"put at token {start}, but the next token is {self._ready}", hint="Put rows in order, without gaps"
+            )
 
     def spans(self, name: str, start: int, stop: int) -> list[Span]:
         """Where the rows of tokens [start, stop) of one component lie, in order: one span per piece that they touch.
@@ -126,10 +138,11 @@ class Source:
 
     def release(self) -> None:
         """Drop the references to the caller's tensors. Spans handed out before keep theirs. Idempotent."""
-        self._released = True
-        self._views.clear()
-        for pieces in self._pieces.values():
-            pieces.clear()
+        with self._putting:
+            self._released = True
+            self._views.clear()
+            for pieces in self._pieces.values():
+                pieces.clear()
 
     def _cut(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(piece, offset, nbytes) of tokens [start, stop)."""

@@ -133,9 +133,11 @@ def test_a_message_that_cannot_be_encoded_ends_nothing(stack: ExitStack) -> None
     server = listening(stack)
     client = dialling(stack, server.address)
     client.send(server.address, m.Abort(src=1, dst=2, xfer=3, code="x", cause="\udcff"))
+    client.send(server.address, m.Ping(src=object(), dst=2))  # type: ignore[arg-type]
+    client.send(server.address, m.Ping(src=1 << 64, dst=2))
     client.send(server.address, PING)
     assert [message for _, message in received(server, 1)] == [PING]
-    assert client.dropped == {"unencodable": 1}
+    assert client.dropped == {"unencodable": 3}
 
 
 @pytest.mark.parametrize("route", ["00ff", "tcp://nobody:1", "xyz", ""])

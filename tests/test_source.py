@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_kit import PlainTransport, RegisteringTransport, land, layouts, presences, random_rows, raw
 
+from tensorferry.core import source as source_module
 from tensorferry.core.errors import BadCall, BadTensor
-from tensorferry.core.layout import Layout, SlabPlan, embedding_layout
+from tensorferry.core.layout import Component, Layout, SlabPlan, embedding_layout
 from tensorferry.core.memory import Memory, host_memory
 from tensorferry.core.source import Source, write_plan
 from tensorferry.core.staging import Staging
@@ -64,7 +67,7 @@ def test_a_transfer_of_nothing_is_refused() -> None:
 
 
 def test_a_negative_length_is_refused() -> None:
-    with pytest.raises(BadCall, match="-1 tokens"):
+    with pytest.raises(BadCall, match="total_tokens -1 is not"):
         Source(LAYOUT, -1, NAMES)
 
 
@@ -372,3 +375,41 @@ def test_packed_rows_without_a_stage_are_refused() -> None:
     source, _ = filled(4)
     with pytest.raises(BadCall, match="bytes of staging"):
         write_plan(source, SlabPlan(LAYOUT, 4, 3), 0, 0, 1, None)
+
+
+# ---- from several threads ------------------------------------------------------------------------------------
+
+
+def test_of_two_that_put_at_the_same_token_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tensors = Source(LAYOUT, 10, NAMES), rows(10)
+    both = threading.Barrier(2, timeout=30)
+    first_name, check = source.names[0], source_module._checked
+
+    def check_together(component: Component, tensor: object, kinds: frozenset[str]) -> torch.Tensor:
+        if component.name == first_name:
+            both.wait()  # each has found that its rows are the next
+        return check(component, tensor, kinds)
+
+    monkeypatch.setattr(source_module, "_checked", check_together)
+    with ThreadPoolExecutor(2) as pool:
+        puts = [pool.submit(source.put, 0, **{name: t[:5] for name, t in tensors.items()}) for _ in range(2)]
+    refused = [problem for put in puts if (problem := put.exception()) is not None]
+    assert [type(problem) for problem in refused] == [BadCall]
+    monkeypatch.undo()
+    source.put(5, **{name: t[5:] for name, t in tensors.items()})
+    for name in NAMES:
+        assert bytes_of(source, name, 0, 10) == raw(tensors[name])
+
+
+def test_rows_that_come_while_the_transfer_ends_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tensors = Source(LAYOUT, 10, NAMES), rows(10)
+    check = source_module._checked
+
+    def end_meanwhile(component: Component, tensor: object, kinds: frozenset[str]) -> torch.Tensor:
+        source.release()
+        return check(component, tensor, kinds)
+
+    monkeypatch.setattr(source_module, "_checked", end_meanwhile)
+    with pytest.raises(BadCall, match="ended"):
+        source.put(0, **tensors)
+    assert not any(source._pieces.values())

@@ -117,6 +117,60 @@ def test_giving_up_an_await_leaves_the_transfer_alone(kind: str) -> None:
         sending.wait(PATIENCE)
 
 
+def test_awaits_that_were_given_up_leave_nothing_on_the_transfer() -> None:
+    with Quay(**SIZES) as quay:
+        receiving = quay.receive()
+
+        async def waiting() -> Any:
+            return await receiving
+
+        async def impatient() -> None:
+            patient = asyncio.ensure_future(waiting())
+            for _ in range(20):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(waiting(), 0.001)
+            assert len(receiving._waiters) == 1
+            given = rows(TOKENS, layout=SMALL)
+            quay.sender.send(1, **given)
+            assert_same(await patient, given)
+
+        asyncio.run(asyncio.wait_for(impatient(), PATIENCE))
+        assert receiving._waiters == []
+
+
+def test_a_loop_that_closes_at_the_wrong_moment_is_no_other_waiters_trouble() -> None:
+    with Quay(**SIZES) as quay:
+        receiving = quay.receive()
+        given = rows(TOKENS, layout=SMALL)
+
+        async def waiting() -> Any:
+            return await receiving
+
+        async def both() -> None:
+            loop = asyncio.get_running_loop()
+            call_soon = loop.call_soon_threadsafe
+            answers = iter([RuntimeError("Event loop is closed"), None, None])
+
+            def closed_at_first(*arguments: Any) -> Any:
+                if (problem := next(answers)) is not None:
+                    raise problem
+                return call_soon(*arguments)
+
+            def broken() -> None:
+                raise ValueError("a waiter of some other kind")
+
+            receiving._waiters.append(broken)
+            lost, told = asyncio.ensure_future(waiting()), asyncio.ensure_future(waiting())
+            await asyncio.sleep(0)  # both are waiting now
+            loop.call_soon_threadsafe = closed_at_first  # type: ignore[method-assign]
+            quay.sender.send(1, **given)
+            assert_same(await told, given)
+            assert not lost.done()
+            lost.cancel()
+
+        asyncio.run(asyncio.wait_for(both(), PATIENCE))
+
+
 def test_a_wait_that_times_out_says_so_and_the_transfer_goes_on(kind: str) -> None:
     with Quay(kind, **SIZES) as quay:
         receiving = quay.receive()

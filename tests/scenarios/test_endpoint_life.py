@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import zmq
-from scenario_kit import SMALL
+from scenario_kit import PATIENCE, SMALL, Quay, assert_same, eventually, rows
 
 import tensorferry as tf
 from tensorferry import errors
@@ -174,3 +178,148 @@ def test_what_is_no_transport_is_refused() -> None:
     for nonsense in (5, ShmTransport, ["shm"]):
         with pytest.raises(errors.ConfigError, match="a name or an open Transport"):
             tf.Sender(SMALL, transport=nonsense)  # type: ignore[arg-type]
+
+
+# ---- ending --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[Callable[[], object]], Callable[[], None]]]:
+    """Makes a function that, the first time, is interrupted by a signal whose handler calls what it was given."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def make(handle: Callable[[], object]) -> Callable[[], None]:
+        signal.signal(signal.SIGUSR1, lambda number, frame: handle() and None)
+        pending = [signal.SIGUSR1]
+
+        def strike() -> None:
+            if pending:
+                signal.raise_signal(pending.pop())
+
+        return strike
+
+    yield make
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("where", ["join", "wake"])
+def test_a_handler_may_close_what_is_being_closed(
+    where: str, interrupt: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Quay(layout=SMALL, clean=False) as quay:
+        receiving = quay.receive()
+        strike = interrupt(quay.receiver.close)
+        join, write = quay.receiver._thread.join, os.eventfd_write
+
+        def interrupted_join(timeout: float) -> None:
+            strike()
+            join(timeout)
+
+        def interrupted_write(descriptor: int, n: int) -> None:
+            if threading.current_thread() is threading.main_thread():
+                strike()
+            write(descriptor, n)
+
+        if where == "join":
+            monkeypatch.setattr(quay.receiver._thread, "join", interrupted_join)
+        else:
+            monkeypatch.setattr(control.os, "eventfd_write", interrupted_write)
+        quay.receiver.close()
+        assert not quay.receiver._thread.is_alive()
+        with pytest.raises(errors.Cancelled):
+            receiving.wait(PATIENCE)
+
+
+def test_everybody_who_closes_returns_when_it_is_over() -> None:
+    with Quay(layout=SMALL, clean=False) as quay:
+        alive: list[bool] = []
+
+        def close() -> None:
+            quay.sender.close()
+            alive.append(quay.sender._thread.is_alive())
+
+        threads = [threading.Thread(target=close) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert alive == [False] * 4
+
+
+def test_a_call_that_was_given_up_is_not_made_and_ends_nothing() -> None:
+    with Quay(layout=SMALL) as quay:
+        made: list[int] = []
+        given_up: Future[Any] = Future()
+        given_up.cancel()
+        quay.sender._commands.append((lambda: made.append(1), given_up))
+        assert quay.sender._call(lambda: 5) == 5
+        assert made == []
+        quay.carry(10)
+
+
+def test_whoever_calls_while_it_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Quay(layout=SMALL, clean=False) as quay:
+        release = quay.sender._release
+        given_up, waiting = Future[Any](), Future[Any]()
+        given_up.cancel()
+
+        def call_too_late() -> None:
+            quay.sender._commands.extend([(lambda: None, given_up), (lambda: None, waiting)])
+            release()
+
+        monkeypatch.setattr(quay.sender, "_release", call_too_late)
+        quay.sender.close()
+        with pytest.raises(errors.BadCall, match="closed"):
+            waiting.result(PATIENCE)
+
+
+# ---- fork ----------------------------------------------------------------------------------------------------
+
+
+def in_a_forked_child(work: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """What each of `work` does in a child: "done", or the name of what it raises; nothing for what does not return."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(10)
+            for name, one in work.items():
+                try:
+                    one()
+                    outcome = "done"
+                except Exception as problem:  # noqa: BLE001 - it is the answer
+                    outcome = type(problem).__name__
+                os.write(write, (json.dumps([name, outcome]) + "\n").encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as answers:
+        told = dict(json.loads(line) for line in answers)
+    os.waitpid(child, 0)
+    return told
+
+
+def test_a_forked_child_is_refused_at_once_and_its_parent_goes_on() -> None:
+    with Quay("shm", layout=SMALL) as quay:
+        given = rows(100, layout=SMALL)
+        over = quay.carry(10, room=5)
+        sending, receiving = quay.sender.announce(1, 100), quay.receive()
+        eventually(lambda: receiving.total_tokens == 100)
+
+        async def awaited() -> Any:
+            return await receiving
+
+        with receiving._changed, sending._changed:  # as the I/O thread may, at the moment of the fork
+            told = in_a_forked_child(
+                {
+                    "wait": lambda: receiving.wait(5), "for ever": sending.wait, "result": receiving.result,
+                    "rows": lambda: next(receiving.rows()), "await": lambda: asyncio.run(awaited()),
+                    "put": lambda: sending.put(0, **given), "cancel": sending.cancel, "over": over.result,
+                    "send": lambda: quay.sender.send(2, **given), "close": quay.close,
+                }
+            )  # fmt: skip
+        refused = dict.fromkeys(["wait", "for ever", "result", "rows", "await", "put", "cancel", "send"], "BadCall")
+        assert told == {**refused, "over": "done", "close": "done"}
+        sending.put(0, **given)
+        assert_same(receiving.result(PATIENCE), given)
+        sending.wait(PATIENCE)
