@@ -183,6 +183,7 @@ class Lane:
         for served in list(self._timed):
             _guard(partial(served.fail, "the transport is closed"), _log_only)
         self._timed.clear()
+        self.farewell = None  # it knows the links, and they their watches: files that go with the last who knows them
         self.drop_files()
 
     def drop_files(self) -> None:

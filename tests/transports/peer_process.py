@@ -57,6 +57,10 @@ class Peer:
         source.view()[:] = b"\x55" * nbytes
         return int(self.transport.post(self.peer, [Copy(source, 0, RemoteRegion(*region), 0, nbytes)]))
 
+    def all_drained(self) -> bool:
+        """Nothing that was posted can land any more."""
+        return all(self.transport.drained(handle) for handle in self.transport._batches)  # type: ignore[attr-defined]
+
     def state(self) -> str:
         return str(self.transport.peer_state(self.peer))
 
@@ -119,6 +123,8 @@ def opened(kind: str = "shm", environment: dict[str, str] | None = None, **optio
     os.environ.update(environment or {})
     if kind == "mooncake":
         return MooncakeTransport(MooncakeOptions(host="127.0.0.1", **options))
+    if kind == "tcp":
+        return TcpTransport(TcpOptions(**options))
     return ShmTransport(ShmOptions(**options))
 
 

@@ -362,12 +362,10 @@ def test_disconnected_peers_leave_no_file(opened: Open) -> None:
         return len(os.listdir("/proc/self/fd"))
 
     once()
-    eventually(lambda: not any(owner._harbor._inlets))
     before = files()
     for _ in range(20):
         once()
-    eventually(lambda: not any(owner._harbor._inlets))
-    assert files() == before
+    eventually(lambda: files() <= before, "connections and watches are closed")
     writer.connect(owner.describe())
     assert len(writer._links) == 2
 
