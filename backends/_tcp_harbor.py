@@ -4,6 +4,8 @@ The owner of the memory places every byte itself, so it is the owner who checks:
 whether the region still lives, before each stretch that it takes off the wire. `Berth` makes `retire` a fence.
 Whoever connects has to present our token before anything is done for it; what is wrong with a connection ends that
 connection, and nothing else.
+
+Long because all that is done about bytes from outside stands here, from the listener to the region.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The sending side of a tcp transport: one connection to a peer's listener, and the posts that go over it.
 
+Long because a connection's whole life stands here, from the first dial to the fence after its loss.
+
 A post is cut into parts, one a link; a part is a row of frames that the owner answers once, when it has placed the
 last byte of the last one. What is truth when a connection breaks with parts unanswered: their bytes may lie in the
 owner's socket and land any time, so their post is UNKNOWN. It is drained once the owner has welcomed a later

@@ -1,5 +1,7 @@
 """The `tcp` transport: between hosts where no engine is installed, over plain sockets.
 
+Long because every verb of the contract stands here, with the options and what a descriptor's address means.
+
 Bytes go from the caller's memory to the kernel and from the kernel into the registered region: no other copy. The
 owner of a region places what arrives in it (`_tcp_harbor`), so it is the owner who checks each write, and a write is
 DONE when the owner has said that its last byte is in place (`_tcp_link`). A few threads (`_tcp_lane`) serve all

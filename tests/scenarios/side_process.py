@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from scenario_kit import SMALL, assert_same, books, rows
 
 import tensorferry as tf
-from tensorferry.backends import _copier
+from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
 
 
@@ -79,6 +81,14 @@ class Side:
             return submit(engine, session, source, target, nbytes)
 
         Engine.submit = held_submit  # type: ignore[method-assign]
+        transmit = _tcp_link.transmit
+
+        def held_transmit(connection: socket.socket, buffers: Sequence[memoryview | bytes]) -> int:
+            self._held.set()
+            assert self._brake.wait(60)
+            return transmit(connection, buffers)
+
+        _tcp_link.transmit = held_transmit
 
     def until_held(self) -> None:
         assert self._held.wait(30), "no copy came"
