@@ -11,9 +11,10 @@ import importlib.util
 import logging
 import os
 import re
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from tensorferry.core.transport import EngineVariable
 
 log = logging.getLogger("tensorferry.backends.mooncake")
 
@@ -43,25 +44,18 @@ DEFAULT_PROGRESS_S = 10
 DEFAULT_TRANSFER_S = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Variable:
-    name: str
-    value: str
-    reason: str
-
-
 PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
 TRANSFER = "MC_TRANSFER_TIMEOUT"
 
 SETS = (
-    Variable("MC_LOG_LEVEL", "ERROR", "the engine writes every step to standard error; its errors are kept"),
-    Variable(
+    EngineVariable("MC_LOG_LEVEL", "ERROR", "the engine writes every step to standard error; its errors are kept"),
+    EngineVariable(
         PROGRESS,
         str(DEFAULT_PROGRESS_S),
         "a write to a process that is stopped ends after so many seconds without progress, not after 30; "
         "from the option progress_timeout",
     ),
-    Variable(
+    EngineVariable(
         TRANSFER,
         str(DEFAULT_TRANSFER_S),
         "has to be above MC_TCP_PROGRESS_TIMEOUT_SEC: a transfer that is given up while the engine still reads its "
@@ -160,6 +154,21 @@ def check_installed() -> str:
             f"Install that or a later one: {INSTALL}",
         )
     return version
+
+
+def is_cpu_build() -> bool:
+    """The build without CUDA is installed."""
+    try:
+        metadata.version(DISTRIBUTIONS[0])
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def check_libraries() -> None:
+    """Raises Unfit where a system library is missing. Does not import the engine."""
+    if not all(map(_loads, LIBRARIES)):
+        raise explain_import(ImportError("a system library is missing"))
 
 
 def explain_import(error: ImportError) -> Unfit:

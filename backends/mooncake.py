@@ -87,19 +87,30 @@ class MooncakeTransport(HostTransport[Job]):
         fences=frozenset({Fence.PEER_GONE}),
         wakes=True,
     )
+    sets = environment.SETS
 
     @classmethod
     def probe(cls) -> Probe:
-        """Imports the engine and looks at the RDMA devices; starts no engine."""
+        """Looks at the RDMA devices and the engine's libraries; starts no engine.
+
+        Where the engine would run over TCP nothing of it is imported and no variable is set: it will most likely not
+        be chosen, and the process may use Mooncake for something else. The CUDA build is imported all the same:
+        nothing else tells what it lacks.
+        """
         try:
-            environment.prepare()
-            load()
+            cause, remedy = environment.why_not_rdma()
+            environment.refuse_dangers()
+            environment.check_installed()
+            if cause and environment.is_cpu_build():
+                environment.check_libraries()
+            else:
+                environment.prepare()
+                load()
         except Unfit as unfit:
             return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
         except Exception as error:  # noqa: BLE001 - whatever an engine's import raises is the answer
             return Probe(Readiness.BROKEN, f"importing the Mooncake engine fails: {error!r}", environment.INSTALL)
         ports = environment.rdma_ports()
-        cause, remedy = environment.why_not_rdma()
         facts = {
             "engine": environment.installed_version(),
             "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",

@@ -138,6 +138,16 @@ class Copy:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineVariable:
+    """An environment variable of an engine that a transport sets when it is opened, where the user has not."""
+
+    name: str
+    value: str
+    """The default; an option of the transport may say otherwise."""
+    reason: str
+
+
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of a transport's typed options. Subclass it; every field needs a default and a documented meaning."""
 
@@ -151,6 +161,8 @@ class Transport(ABC):
     what it inherits from here would agree with every version."""
     capabilities: ClassVar[Capabilities]
     options_type: ClassVar[type[Options]] = Options
+    sets: ClassVar[tuple[EngineVariable, ...]] = ()
+    """Whatever is set of the engine's environment stands here, with the reason: `config show --origin` shows it."""
 
     @classmethod
     @abstractmethod

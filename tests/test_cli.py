@@ -85,8 +85,9 @@ def test_config_show_says_where_each_value_comes_from(tmp_path):
     env = environment(TENSORFERRY_BLOCK_SIZE="64", SGLANG_EMBEDDING_CACHE_BUFFER_SIZE="32")
     del env["TENSORFERRY_CONFIG"]
     done = tensorferry("config", "show", "--origin", "--first-grant", "4096", env=env, cwd=tmp_path)
-    rows = {line.split()[0]: re.split(r"  +", line.strip()) for line in done.stdout.splitlines()}
+    rows = {line.split()[0]: re.split(r"  +", line.strip()) for line in done.stdout.splitlines() if line}
     assert done.returncode == 0
+    assert rows["MC_LOG_LEVEL"][1:3] == ["ERROR", "tensorferry, for mooncake"]
     assert rows["first_grant"][1:] == ["4096", "tokens", "command line --first-grant"]
     assert rows["block_size"][1:] == ["64", "tokens", "environment TENSORFERRY_BLOCK_SIZE"]
     assert rows["pool_blocks"][1:] == ["32", "blocks", "environment SGLANG_EMBEDDING_CACHE_BUFFER_SIZE"]
@@ -101,6 +102,14 @@ def test_config_show_as_json():
     assert found["settings"] == Settings(window=12).as_dict()
     assert found["origins"]["window"] == {"kind": "command line", "detail": "--window"}
     assert found["origins"]["slabs"] == {"kind": "default", "detail": ""}
+
+
+def test_config_show_says_whose_value_an_engines_variable_has():
+    done = tensorferry("config", "show", "--origin", "--format", "json", env=environment(MC_TRANSFER_TIMEOUT="77"))
+    found = {v["name"]: v for v in json.loads(done.stdout)["engine_variables"]}
+    assert (found["MC_TRANSFER_TIMEOUT"]["value"], found["MC_TRANSFER_TIMEOUT"]["origin"]) == ("77", "environment")
+    assert found["MC_LOG_LEVEL"]["origin"] == "tensorferry, for mooncake"
+    assert all(v["reason"] for v in found.values())
 
 
 def test_a_bad_environment_is_an_error_with_cause_and_hint():

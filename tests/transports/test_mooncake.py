@@ -217,13 +217,40 @@ def test_an_engine_that_cannot_be_loaded_is_unavailable_and_breaks_nothing(insta
     (package / "__init__.py").write_text("")
     text = "libibverbs.so.1: cannot open shared object file: No such file or directory"
     (package / "engine.py").write_text(f"raise ImportError({text!r})")
-    program = "from tensorferry.backends.mooncake import MooncakeTransport as M; p = M.probe(); print(p.reason, p.hint)"
+    program = (
+        "from tensorferry.backends.mooncake import MooncakeTransport as M, MooncakeOptions as O\n"
+        "from tensorferry.core.errors import TransportUnavailable\n"
+        "try:\n    M(O())\nexcept TransportUnavailable as error:\n    print(error)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert "needs libibverbs.so.1" in done.stdout
     assert "apt-get install libibverbs1" in done.stdout
+
+
+def test_a_probe_that_cannot_be_ready_loads_nothing_of_the_engine_and_sets_nothing(
+    installed: None, no_variables: None
+) -> None:
+    """It may well not be chosen, and the process may use Mooncake for something else."""
+    if not (environment.is_cpu_build() and environment.why_not_rdma()[0]):
+        pytest.skip("needs mooncake: the build without CUDA, on a machine without an active RDMA device")
+    program = (
+        "import os, sys\nbefore = dict(os.environ)\n"
+        "from tensorferry.backends.mooncake import MooncakeTransport as M\nprint(M.probe().readiness)\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'mooncake'], before == dict(os.environ))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[:2] == ["degraded", "[] True"]
+
+
+def test_missing_libraries_are_named_without_loading_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.check_libraries()
+    monkeypatch.setattr(environment, "_loads", lambda name: name != "libibverbs.so.1")
+    with pytest.raises(environment.Unfit, match="needs libibverbs") as caught:
+        environment.check_libraries()
+    assert caught.value.hint == "Debian and Ubuntu: apt-get install libibverbs1"
 
 
 # ---- what it says of itself ----------------------------------------------------------------------------------

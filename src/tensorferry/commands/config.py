@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from tensorferry.commands.flags import add_settings, load_settings, setting_names
 from tensorferry.commands.output import Exit, Output
+from tensorferry.core.errors import FerryError
 from tensorferry.core.settings import descriptions
 
 _EXAMPLES = """\
@@ -25,7 +27,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="the settings that hold here",
         description="Show every setting as it holds here. A value is looked up in this order: argument, command line, "
-        "TENSORFERRY_<NAME> in the environment, the names of earlier deployments, the TOML file, the default.",
+        "TENSORFERRY_<NAME> in the environment, the names of earlier deployments, the TOML file, the default. With "
+        "--origin also the variables of engines that a transport sets when it is opened, unless they are set already.",
         epilog=_EXAMPLES,
         usage="%(prog)s [--origin] [flags]",
     )
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
             shown["origins"] = {
                 name: {"kind": str(origin.kind), "detail": origin.detail} for name, origin in loaded.origins.items()
             }
+            shown["engine_variables"] = _engine_variables()
         out.object(shown)
         return Exit.OK
     columns = ["setting", "value", "unit", "origin"] if args.origin else ["setting", "value", "unit"]
@@ -51,7 +55,36 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         for about in descriptions()
     ]
     out.table(columns, rows)
+    variables = _engine_variables() if args.origin else []
+    if variables:
+        out.line()
+        out.table(
+            ["engine variable", "value", "origin", "why"],
+            [[v["name"], v["value"], v["origin"], v["reason"]] for v in variables],
+        )
     return Exit.OK
+
+
+def _engine_variables() -> list[dict[str, str]]:
+    """What each installed transport sets when it is opened, and what holds: the user's own value wins."""
+    from tensorferry.plugins import registry
+
+    found = []
+    for name in dict.fromkeys(plugin.name for plugin in registry.available()):
+        try:
+            sets = registry.load(name).sets
+        except FerryError:  # `tensorferry transports` says what is wrong with it
+            continue
+        for variable in sets:
+            theirs = os.environ.get(variable.name)
+            found.append({
+                "name": variable.name,
+                "value": variable.value if theirs is None else theirs,
+                "origin": f"tensorferry, for {name}" if theirs is None else "environment",
+                "transport": name,
+                "reason": variable.reason,
+            })  # fmt: skip
+    return found
 
 
 def _text(value: object) -> str:
