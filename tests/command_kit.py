@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without settings and without anything that speaks for or against colour."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("TENSORFERRY_", "SGLANG_"))}
+    """This process's, without settings, engine variables and anything that speaks for or against colour."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("TENSORFERRY_", "SGLANG_", "MC_"))}
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS"):
         ours.pop(name, None)
     return {**ours, "TENSORFERRY_CONFIG": os.devnull, **more}
