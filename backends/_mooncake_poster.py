@@ -211,6 +211,8 @@ class Poster:
         """Give a job that is over its last status. A lost one has its own."""
         if job.quiet and job.status is not Status.UNKNOWN:
             self._finish(job, Status.FAILED if job.dropped else Status.DONE)
+        elif job.quiet:
+            self._tell()  # its source is free
 
     def _finish(self, job: Job, status: Status) -> None:
         job.status = status

@@ -59,6 +59,7 @@ from tensorferry.core.transport import (
     Readiness,
     Region,
     RemoteRegion,
+    Status,
 )
 
 
@@ -136,7 +137,7 @@ class MooncakeTransport(HostTransport[Job]):
         try:
             environment.refuse_dangers()
             self._refuse_in_vain(chosen)
-            _, transfer_s = environment.prepare(chosen.progress_timeout, chosen.transfer_timeout)
+            progress_s, transfer_s = environment.prepare(chosen.progress_timeout, chosen.transfer_timeout)
             self._address = _own_address(chosen.host)
             self._engine = Engine(self._address, chosen.device)
         except Unfit as unfit:
@@ -147,6 +148,7 @@ class MooncakeTransport(HostTransport[Job]):
         weakref.finalize(self, self._poster.stop).atexit = False
         _posters.add(self._poster)
         self._submit_bytes = chosen.submit_bytes
+        self._ends_reading = progress_s < transfer_s and self._engine.protocol == "tcp"
         self._instance = secrets.token_bytes(16)
         self._host = this_host()
         self._peers: dict[bytes, MooncakePeer] = {}
@@ -307,6 +309,13 @@ class MooncakeTransport(HostTransport[Job]):
         job = Job(peer.target, cut(segments, self._submit_bytes), keep, time.monotonic())
         self._poster.write(job)
         return job
+
+    def source_free(self, handle: int) -> bool:
+        """Over TCP the engine reads a source no more once each submit of it has failed or was given up: a stopped peer
+        ends a submit by the progress time-out, which closes its connection. (With a progress time-out that is not below
+        the transfer time-out the connection outlives the submit.) Over RDMA only the peer's end is known to do."""
+        job = self._batch(handle)
+        return job.drained or (self._ends_reading and job.status is Status.UNKNOWN and job.quiet)
 
     def on_progress(self, wake: Callable[[], None]) -> None:
         self._check_open()

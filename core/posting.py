@@ -60,6 +60,7 @@ class Posted:
     transport: Transport
     handle: int
     stage: Stage | None
+    copied: bool  # the rows are in the stage: the caller's are not read
     digests: dict[int, int]
     unknown: bool = False
 
@@ -120,8 +121,7 @@ class Poster:
         """Rows of this transfer are being read, or will be: not those that were copied to a stage."""
         waiting = any(part.write.serial == serial for line in self._lines.values() for part in line)
         return waiting or any(
-            posted.part.write.serial == serial and not (posted.stage is not None and posted.stage.holds_rows)
-            for posted in self._posted.values()
+            posted.part.write.serial == serial and not posted.copied for posted in self._posted.values()
         )
 
     @property
@@ -196,7 +196,9 @@ class Poster:
             self._do(self._machine.write_failed(write.write, set(part.indices), error))
             return Outcome.OVER
         self._posts += 1
-        self._posted[self._posts] = Posted(part, transport, handle, stage, digests)
+        self._posted[self._posts] = Posted(
+            part, transport, handle, stage, stage is not None and stage.holds_rows, digests
+        )
         return Outcome.POSTED
 
     def _went_wrong(self, receiver: int, transport: Transport, reason: str) -> None:
@@ -236,6 +238,9 @@ class Poster:
                 error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
                 self._went_wrong(receiver, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))
+            if posted.stage is not None and not drained and self._source_free(posted):
+                self.staging.of(transport).give(posted.stage)
+                posted.stage = None
             if drained:
                 self._settle(number, posted)
                 self._do(self._machine.write_drained(write, indices))
@@ -251,6 +256,13 @@ class Poster:
             failed = TransportError("a write failed", transport=transport.name)
             self._went_wrong(receiver, transport, failed.cause)
             self._do(self._machine.write_failed(write, indices, failed))
+
+    def _source_free(self, posted: Posted) -> bool:
+        try:
+            return posted.transport.source_free(posted.handle)
+        except Exception:  # as with `poll`: what it does not tell is not known
+            log.exception("%s.source_free raised", posted.transport.name)
+            return False
 
     def _settle(self, number: int, posted: Posted) -> None:
         del self._posted[number]

@@ -226,6 +226,12 @@ class Transport(ABC):
     def drained(self, handle: int) -> bool:
         """Nothing of this handle can land any more. Monotone: once True, always True."""
 
+    def source_free(self, handle: int) -> bool:
+        """The local side of this handle's copies is not read any more and may be written to. Monotone; `drained`
+        implies it. An engine that can tell it earlier, as where a write's outcome is unknown and nothing is left to
+        send, says so here: else what a lost peer was sent is held for ever."""
+        return self.drained(handle)
+
     @abstractmethod
     def release(self, handle: int) -> None:
         """Forget a drained handle. Raises BadCall for one that is not drained."""

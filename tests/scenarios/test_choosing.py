@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from faulty import FAIL, LOSE, RAISE, WRITE, FaultyShm
+from faulty import FAIL, LOSE, RAISE, WRITE, FaultyMemory, FaultyShm
 from scenario_kit import PATIENCE, assert_clean, assert_same, eventually, rows
 
 import tensorferry as tf
@@ -207,6 +207,36 @@ def test_the_choice_is_logged_once_for_each_peer(caplog: pytest.LogCaptureFixtur
             sides.carry(room)
     assert sum("is reached by shm (first choice" in line for line in caplog.messages) == 1
     assert sum("can reach us by shm (first choice" in line for line in caplog.messages) == 1
+
+
+# ---- staging under writes whose outcome nobody knows ----------------------------------------------------------
+
+
+class Engine(FaultyMemory):
+    """Reads registered memory alone, as an engine over RDMA. `reads_on`: what it lost is read for ever."""
+
+    capabilities = replace(MemoryTransport.capabilities, registers_sources=True)
+    reads_on = False
+
+    def source_free(self, handle: int) -> bool:
+        return self.drained(handle) or not self.reads_on
+
+
+@pytest.mark.parametrize("reads_on", [False, True])
+def test_lost_writes_to_one_receiver_leave_staging_for_the_others(reads_on: bool) -> None:
+    engine = Engine()
+    engine.reads_on = reads_on
+    quick = {"peer_timeout": 0.4, "heartbeat": 0.1, "quarantine_quota": 1000, "max_bumps": 100}
+    engine.script = lambda n: LOSE if n in (3, 12, 14, 21) else WRITE
+    with Sides([engine], [memory()], staging_bytes=16 * 32 * 4, window=2, **quick) as sides:
+        for room in range(1, 4):
+            sides.carry(room)
+        held = sides.sender._call(lambda: sides.sender._poster.staging.taken_bytes)
+        lost = len(engine.held)
+        assert lost
+        assert (held > 0) is reads_on
+        sides.sender._call(engine.let_go)
+        eventually(lambda: not sides.sender._call(lambda: sides.sender._poster.staging.taken_bytes))
 
 
 # ---- senders and receivers that come and go ----------------------------------------------------------------------

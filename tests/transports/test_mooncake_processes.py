@@ -123,6 +123,7 @@ def test_a_write_to_a_peer_that_is_stopped_has_an_unknown_outcome_and_disturbs_n
         assert ended(here, one_byte(here, other, other_region)) is Status.DONE
     assert over(here, handle) is Status.UNKNOWN
     assert not here.drained(handle), "its bytes are in the stopped process's kernel"
+    assert eventually(lambda: here.source_free(handle)), "the engine has given all of it up"
     assert here.peer_state(peer) is PeerState.ALIVE
     assert over(here, behind) in (Status.FAILED, Status.UNKNOWN)
     stopped.signal(signal.SIGCONT)
