@@ -114,6 +114,11 @@ class Post:
             self.status = Status.FAILED if self._failed else Status.DONE
         return True
 
+    @property
+    def source_free(self) -> bool:
+        """No part is still to be sent: what the socket has taken it has copied."""
+        return not self._parts
+
     def give_up(self) -> None:
         """The transport is closed and a thread of it did not end: what it does is not known any more."""
         with self._lock:

@@ -365,6 +365,9 @@ class TcpTransport(HostTransport[Post]):
             return route is not None and post.status is not Status.PENDING and bool(route.over())
         return post.drained
 
+    def source_free(self, handle: int) -> bool:
+        return self._batch(handle).source_free or self.drained(handle)
+
     def cancel(self, handle: int) -> None:
         """A part that has not begun never will; of one that has, no further frame begins."""
         super().cancel(handle)

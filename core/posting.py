@@ -60,7 +60,7 @@ class Posted:
     transport: Transport
     handle: int
     stage: Stage | None
-    copied: bool  # the rows are in the stage: the caller's are not read
+    read: bool  # the caller's rows are not read any more: they were copied to the stage, or sent
     digests: dict[int, int]
     unknown: bool = False
 
@@ -100,6 +100,7 @@ class Poster:
         self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
         self._posted: dict[int, Posted] = {}  # in the order of posting
         self._posts = 0
+        self._over: set[int] = set()  # serials of transfers that have ended, as long as their rows are held
 
     def _plan(self, receiver: int, block: int) -> SlabPlan:
         geometry = self.targets[receiver].geometry
@@ -117,11 +118,27 @@ class Poster:
             for k in range(0, count, step):
                 line.append(Part(write, index + k, block + k, min(step, count - k), generation))
 
-    def reads(self, serial: int) -> bool:
-        """Rows of this transfer are being read, or will be: not those that were copied to a stage."""
+    def end(self, serial: int) -> None:
+        """The transfer is over for its caller: let its rows go, at once or when the last write has read them. A write
+        that never drains must not pin them."""
+        if serial in self.sources:
+            self._over.add(serial)
+            self._let_go(serial)
+
+    def release(self, serial: int) -> None:
+        """Every write of it is drained."""
+        self._over.discard(serial)
+        self.sources.pop(serial).release()
+
+    def _let_go(self, serial: int) -> None:
+        if serial in self._over and not self._reads(serial):
+            self.sources[serial].release()
+
+    def _reads(self, serial: int) -> bool:
+        """Rows of this transfer are being read, or will be."""
         waiting = any(part.write.serial == serial for line in self._lines.values() for part in line)
         return waiting or any(
-            posted.part.write.serial == serial and not posted.copied for posted in self._posted.values()
+            posted.part.write.serial == serial and not posted.read for posted in self._posted.values()
         )
 
     @property
@@ -238,9 +255,12 @@ class Poster:
                 error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
                 self._went_wrong(receiver, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))
-            if posted.stage is not None and not drained and self._source_free(posted):
-                self.staging.of(transport).give(posted.stage)
-                posted.stage = None
+            if not drained and not (posted.read and posted.stage is None) and self._source_free(posted):
+                posted.read = True
+                if posted.stage is not None:
+                    self.staging.of(transport).give(posted.stage)
+                    posted.stage = None
+                self._let_go(posted.part.write.serial)
             if drained:
                 self._settle(number, posted)
                 self._do(self._machine.write_drained(write, indices))

@@ -180,7 +180,7 @@ class Sender(Endpoint):
             case fx.PostWrite():
                 self._poster.put(effect)
             case fx.ReleaseSource(serial):
-                self._poster.sources.pop(serial).release()
+                self._poster.release(serial)
             case fx.Ended(serial, error):
                 transfer = self._transfers.pop(serial)
                 offer_status = "SUCCESS" if error is None else "FAILED"
@@ -188,8 +188,7 @@ class Sender(Endpoint):
                 transfer.status = type(transfer.status)(offer_status)
                 if error is None:
                     transfer.sent_tokens = transfer.total_tokens
-                if serial in self._poster.sources and not self._poster.reads(serial):
-                    self._poster.sources[serial].release()  # a write that never drains must not pin the caller's rows
+                self._poster.end(serial)
                 self._publish(transfer)
             case fx.Progressed(serial):
                 slot = self.machine._slot_of(serial)

@@ -239,6 +239,26 @@ def test_lost_writes_to_one_receiver_leave_staging_for_the_others(reads_on: bool
         eventually(lambda: not sides.sender._call(lambda: sides.sender._poster.staging.taken_bytes))
 
 
+class Sockets(FaultyMemory):
+    """Reads the caller's rows where they lie, and has copied what it sent: as plain sockets."""
+
+    def source_free(self, handle: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(copies: bool) -> None:
+    bad = Sockets() if copies else FaultyMemory()
+    bad.script = lambda n: LOSE if n == 1 else WRITE
+    with Sides([bad], [memory()], peer_timeout=0.4, heartbeat=0.1) as sides:
+        sent, _ = sides.carry()
+        source = sides.sender._call(lambda: sides.sender._poster.sources[sent._serial])
+        assert source._released is copies
+        sides.sender._call(bad.let_go)
+        eventually(lambda: not sides.sender._call(lambda: dict(sides.sender._poster.sources)))
+        assert source._released
+
+
 # ---- senders and receivers that come and go ----------------------------------------------------------------------
 
 
