@@ -382,9 +382,9 @@ class FaultProxy(Transport):
         post.beats -= beats
         while not post.over:
             if post.inner is not None:
-                status = self.inner.poll(post.inner)
                 if not self.inner.drained(post.inner):
                     return None
+                status = self.inner.poll(post.inner)  # after it: asked before, it may have been PENDING still
                 self.inner.release(post.inner)
                 post.inner = None
                 if status is not Status.DONE:
