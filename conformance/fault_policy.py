@@ -132,7 +132,7 @@ class Policy:
     counts its own posts and keeps its own log.
 
     `clock`: what a beat is. `holds`, `hides`: the policy may hold a write for ever (then Fence.DRAIN is not declared),
-    or hide it until `flush` (then `needs_flush` is).
+    or hides all of them until `flush` (then `needs_flush` is).
     """
 
     decide: Decide

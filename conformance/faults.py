@@ -230,6 +230,8 @@ class FaultProxy(Transport):
                 if decision.lose:
                     self.lose(peer)
                     raise TransportError("the peer has gone", transport=self.name)
+                if self.policy.hides and not decision.unseen:
+                    decision = replace(decision, unseen=True)  # all of them, so that they become visible in order
                 if not decision.plain:
                     handle = self._hold(decision, met, list(copies))
                     held = True

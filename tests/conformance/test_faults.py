@@ -531,6 +531,7 @@ def test_endpoints_over_truthful_faults_deliver_the_same_bytes_or_a_typed_error(
     policy = Policy.seeded(seed, faults | ({"unseen"} if hides else set()), rate=rate)
     with Quay(
         layout=SMALL, block_size=16, pool_blocks=8, first_grant=64, slabs=2, max_bumps=4,
+        poison=not hides,  # what the processor writes over bytes that are placed and not visible has no order with them
         sender_transport=faulty_memory(policy), receiver_transport=faulty_memory(policy),
     ) as quay:  # fmt: skip
         log: Any = lambda: quay.sender.carriers.transports[0].log  # type: ignore[attr-defined]  # noqa: E731
