@@ -3,8 +3,8 @@
     # ferry-known-failures.txt
     CAN-4   cancels the connection: https://example.org/issues/12
 
-Strict: an id that no rule has is an error, and a listed rule that passes, or does not apply, fails the run. Only where a
-rule is stochastic may it pass now and then.
+Strict: an id that no rule has is an error, and a listed rule that passes, or does not apply, fails the run. Only where
+a rule is stochastic may it pass now and then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tensorferry.core.errors import ConfigError
 
 
 def read(path: str | Path) -> dict[str, str]:
-    """Rule ids and reasons. Raises ConfigError for a file that cannot be read, an unknown id or one without a reason."""
+    """Rule ids and reasons. Raises ConfigError for a file that cannot be read, an unknown id, one without a reason."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -30,9 +30,7 @@ def read(path: str | Path) -> dict[str, str]:
             continue
         name = words[0]
         if name not in rules():
-            raise ConfigError(
-                f"{path}:{number}: no rule is called {name!r}", hint="An id that matches nothing is stale"
-            )
+            raise ConfigError(f"{path}:{number}: no rule is called {name!r}", hint="It is stale: take it off")
         if len(words) == 1:
             raise ConfigError(f"{path}:{number}: {name} is listed without a reason")
         if name in found:

@@ -1,4 +1,4 @@
-"""The other process of a pair: `python -m tensorferry.conformance.peer SPEC` does what it reads, a line of JSON each."""
+"""The other process of a pair: `python -m tensorferry.conformance.peer SPEC` does what it reads, JSON a line."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class _Worker:
         self._setup = setup
         self._order = msgspec.json.encode(order).decode()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
         self._rest = b""
 
     def usable(self) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""What a check works with: transports that are closed after it, a joined pair, patience, and words for what is wrong."""
+"""What a check works with: transports that are closed after it, a joined pair, patience, and words for findings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A process that carries checks out: `python -m tensorferry.conformance.worker SETUP`, one rule's id a line.
 
-It answers each with a line of JSON. After a check that timed out it ends, since a thread of that check is still at work;
-so whoever asks starts another.
+It answers each with a line of JSON. After a check that timed out it ends, since a thread of that check is still at
+work; whoever asks starts another.
 """
 
 from __future__ import annotations

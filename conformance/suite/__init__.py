@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-MODULES: tuple[str, ...] = ("basics",)
+MODULES: tuple[str, ...] = ("basics", "moving", "seeing", "refusing", "joining")
 
 
 def load() -> None:
