@@ -138,7 +138,9 @@ class ReceiverMachine(ReceiverState):
         for t in [t for t in self.transfers.values() if t.route == route and xfer in (None, t.xfer)]:
             if t.live and t.error is None:
                 self._give_up(t, error)
-            t.closed = t.closed or not t.live  # it will not answer Close either
+            if not t.live:
+                t.closed = True  # it will not answer Close either
+                self._refund(t)
             self._maybe_forget(t)
         if route in self.peers:
             peer = self.peers[route]
@@ -336,7 +338,7 @@ class ReceiverMachine(ReceiverState):
     def _open(self, t: Transfer, peer: Peer) -> None:
         t.sender = peer.inc
         self._send_open(t)
-        if t.facts is None and not t.lent and not t.dummy and self.policy.optimistic:
+        if t.phase is Phase.OPENING and not t.lent and not t.dummy and self.policy.optimistic:
             self.unlent[t.xfer] = None
         self._touch(t)
 
