@@ -200,7 +200,7 @@ class World:
             if host is None:
                 self.start(number)
                 self._restart_applications(number)
-        self.after(PATIENCE, self.lose_patience, False)
+        self.after(PATIENCE, self.lose_patience, 1)
 
     def over(self) -> bool:
         return all(w.end not in ("", "w") for w in self.wants.values()) and all(
@@ -219,29 +219,25 @@ class World:
         parts += [f"a write is still out: {f}" for f in self.sea.flights if f.host in alive]
         return "; ".join(parts)
 
-    def lose_patience(self, last: bool) -> None:
+    def lose_patience(self, times: int) -> None:
         """Deadlines, where somebody may wait for nobody; elsewhere there must be no need of them."""
         left = self.left()
-        if last or not self._deadlines():
+        if times > 3 or not self._deadlines():
             raise Violation(f"LV-1 stuck: {left or 'it does not end'}")
-        self.after(PATIENCE, self.lose_patience, True)
+        self.after(PATIENCE, self.lose_patience, times + 1)
 
     def _deadlines(self) -> bool:
-        """Let what is excused run into its deadline. False: something waits that has no excuse."""
+        """Let what is excused run into its deadline. False: nothing is, and something waits all the same."""
+        due = False
         for offer in self.offers:
-            if offer.end in ("", "w") and not self._excused(offer.room):
-                return False
+            if offer.end == "w" and (self._unwanted(offer) or self._excused(offer.room)):
+                due = True
+                self.call(self.hosts[self.server(offer.room)], "cancel", offer.serial, DeadlineExceeded("simulated"))
         for want in self.wants.values():
-            if want.end in ("", "w") and not self._excused(want.room):
-                return False
-        if self.over() and not self.doubtful and not self.excused:
-            return False
-        for offer in self.offers:
-            host = self.hosts[self.server(offer.room)]
-            if offer.end == "w":
-                self.call(host, "cancel", offer.serial, DeadlineExceeded("simulated"))
-        for want in self.wants.values():
+            if not self._excused(want.room):
+                continue
             if want.end == "w":
+                due = True
                 host = self.hosts[want.rank]
                 t = host.machine.transfers.get(want.xfer)
                 if t is not None and (t.error is not None or t.plea is not None):
@@ -251,7 +247,7 @@ class World:
             self.after(3.0, self._framework_drops, want)
         for number in range(self.shape.receivers, len(self.hosts)):
             self.after(6.0, self._force_ends, number)
-        return True
+        return due or (self.over() and (self.doubtful or bool(self.excused)))
 
     def _framework_drops(self, want: Want) -> None:
         """A leader that came back cannot say what its predecessor decided, nor one that has ended the room what a rank
@@ -265,8 +261,17 @@ class World:
         for slot in list(self.hosts[number].machine.slots):
             self.call(self.hosts[number], "force_end", slot)
 
+    def _unwanted(self, offer: Offering) -> bool:
+        """A restarted sender offers what was delivered before its crash: nobody will come for it."""
+        wants = [w for w in self.wants.values() if w.room == offer.room]
+        gone = self.counts["sender crashes"] > 0 and all(w.end not in ("", "w") for w in wants)
+        if gone:
+            self.excused.add(offer.room)
+        return gone
+
     def _excused(self, room: int) -> bool:
-        return self.doubtful or room in self.excused
+        waits = self.shape.one_by_one and room == 0  # for all others
+        return self.doubtful or room in self.excused or (waits and bool(self.excused))
 
     def call(self, host: Host, kind: str, *args: Any) -> Any:
         try:
@@ -507,8 +512,6 @@ class World:
                 continue
             offer.serial = 0
             if offer.end in ("", "w"):
-                if any(w.end not in ("", "w") for w in self.wants.values() if w.room == offer.room):
-                    self.excused.add(offer.room)  # who has had it will not want it again
                 if rng.random() >= self.profile.same:
                     offer.content = 0
                 offer.end = ""
