@@ -16,6 +16,7 @@ from tensorferry.core import messages as m
 from tensorferry.core.errors import (
     BadCall,
     FerryError,
+    PathMismatch,
     ProtocolViolation,
     TransportError,
     TransportMismatch,
@@ -39,6 +40,12 @@ class Lane:
     transport: Transport
     peer: Any
     regions: list[tuple[int, int]]
+    path: str
+    """What carries the bytes: as the two sides chose it, and as the engine tells it once it has said otherwise."""
+    word: str
+    """What the engine said of this peer when it was connected."""
+    barred: PathMismatch | None = None
+    """Why it is not used any more, although it stays connected: what it may still write has to be watched."""
 
     @property
     def state(self) -> PeerState:
@@ -62,6 +69,14 @@ class Reach:
         return self.lanes[0]
 
     @property
+    def path(self) -> str:
+        """What carries the bytes to this peer, by all that is known so far."""
+        return self.lane.path
+
+    def lane_of(self, name: str) -> Lane | None:
+        return next((lane for lane in self.lanes if lane.transport.name == name), None)
+
+    @property
     def ended(self) -> bool:
         """Some transport proves that the peer's process has ended, or that it closed."""
         return any(lane.state is PeerState.GONE for lane in self.lanes)
@@ -74,17 +89,43 @@ class Reach:
     def fall_back(self, reason: str) -> bool:
         """Put the lane in use last: the next one carries from now on. False where there is no other."""
         self.failures = 0
-        if len(self.lanes) < 2:
+        if sum(lane.barred is None for lane in self.lanes) < 2:
             return False
-        given_up = self.lanes.pop(0)
-        self.lanes.append(given_up)
-        name = given_up.transport.name
-        kept = [v for v in self.verdicts if v.name != name]
-        told = next(v for v in self.verdicts if v.name == name)
-        viable = sum(v.viable for v in kept)
-        kept.insert(viable, replace(told, reason=f"the last resort: {reason}"))
-        self.verdicts = kept
+        self._put_last(self.lanes[0], viable=True, reason=f"the last resort: {reason}")
         return True
+
+    def _put_last(self, lane: Lane, *, viable: bool, reason: str) -> None:
+        self.lanes.remove(lane)
+        self.lanes.append(lane)
+        self.lanes.sort(key=lambda one: one.barred is not None)
+        told = next(v for v in self.verdicts if v.name == lane.transport.name)
+        kept = [v for v in self.verdicts if v is not told]
+        kept.insert(sum(v.viable for v in kept), replace(told, path=lane.path, viable=viable, reason=reason))
+        self.verdicts = kept
+
+    def check(self, lane: Lane, require: str = "") -> PathMismatch | None:
+        """Hold what the engine says of the path against what was chosen; to be asked after each write.
+
+        Engines change their path without a word: a connection that is made anew, a device that goes down. Where it is
+        not as chosen, the verdict says so from then on, and a warning is logged, once for each such change. Under
+        `require` the lane is not used any more, and the answer is the error of what went by it.
+        """
+        if lane.barred is not None:
+            return lane.barred
+        told = _path(lane.transport, lane.peer)
+        if told in (lane.path, lane.word):
+            return None
+        name, chosen, lane.path, lane.word = lane.transport.name, lane.path, told, told
+        what = f"chosen over {chosen}, and by the engine's word its bytes go over {told or 'nobody knows what'}"
+        if not require or told == require:
+            if preference(name, told) > preference(name, chosen):
+                log.warning("transport %s: %s", name, what)
+            self.verdicts = [replace(v, path=told, reason=what) if v.name == name else v for v in self.verdicts]
+            return None
+        lane.barred = PathMismatch(f"{require} is required, and {name} was {what}", transport=name)
+        log.error("transport %s is not used any more for this peer: %s", name, lane.barred)
+        self._put_last(lane, viable=False, reason=lane.barred.cause)
+        return lane.barred
 
     def disconnect(self) -> None:
         for lane in self.lanes:
@@ -187,7 +228,7 @@ class Carriers:
         is left; the cause lists every transport's reason.
         """
         reach, problems = self.survey(hello, who, before)
-        if reach.lanes:
+        if reach.lanes and reach.lane.barred is None:
             return reach
         if len(problems) == 1:
             raise problems[0]
@@ -207,8 +248,19 @@ class Carriers:
             if not verdict.viable:
                 seen.append(verdict)
                 continue
+            known = before.lane_of(verdict.name) if before is not None else None
             try:
-                lanes.append(_lane(ours[verdict.name], offered[verdict.name], slabs, self.require, who))
+                require = "" if known is not None and known.barred is not None else self.require
+                lane = _lane(ours[verdict.name], offered[verdict.name], slabs, verdict.path, require, who)
+                lanes.append(lane)
+                if known is not None and before is not None:  # what was found out of it still holds
+                    lane.path, lane.word, lane.barred = known.path, known.word, known.barred
+                    if lane.barred is not None:
+                        problems.append(lane.barred)
+                    if lane.path != verdict.path:
+                        verdict = next(v for v in before.verdicts if v.name == verdict.name)
+                elif lane.path != verdict.path:
+                    verdict = replace(verdict, path=lane.path, reason=f"{verdict.reason}; {lane.path} to this peer")
                 seen.append(verdict)
             except FerryError as problem:
                 problems.append(problem)
@@ -219,10 +271,10 @@ class Carriers:
         if lanes:
             if before is not None:
                 order = [lane.transport.name for lane in before.lanes]
-                lanes.sort(key=lambda lane: _place(lane.transport.name, order))
+                lanes.sort(key=lambda lane: (lane.barred is not None, _place(lane.transport.name, order)))
                 seen.sort(key=lambda v: (not v.viable, _place(v.name, order)))
-            first = next(v for v in seen if v.viable)
-            if not first.reason.startswith("first choice"):
+            first = next((v for v in seen if v.viable), None)
+            if first is not None and not first.reason.startswith(("first choice", "chosen over")):
                 seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
         return Reach(lanes, seen + self.rejected, tuple(blind)), problems
 
@@ -265,7 +317,16 @@ def _place(name: str, order: list[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _lane(transport: Transport, offer: m.Offer, slabs: int, require: str, who: str) -> Lane:
+def _path(transport: Transport, peer: Any) -> str:
+    """The engine's word; empty where it has none."""
+    try:
+        return transport.path(peer)
+    except Exception:  # as with `poll`: what it does not tell is not known, and `require` fails closed
+        log.exception("%s.path raised", transport.name)
+        return ""
+
+
+def _lane(transport: Transport, offer: m.Offer, slabs: int, chosen: str, require: str, who: str) -> Lane:
     try:
         regions = m.unpack_regions(offer.regions)
     except ValueError as problem:
@@ -279,9 +340,11 @@ def _lane(transport: Transport, offer: m.Offer, slabs: int, require: str, who: s
     except Exception as problem:
         log.exception("%s.connect raised what no transport may raise", transport.name)
         raise TransportError(f"{type(problem).__name__}: {problem}", peer=who) from problem
-    if require and transport.path(peer) != require:
+    word = _path(transport, peer)
+    if require and word != require:
         transport.disconnect(peer)
         raise TransportMismatch(
-            f"{require} is required, and the path to this peer is {transport.path(peer)}", transport=transport.name
+            f"{require} is required, and the path to this peer is {word or 'not known'}", transport=transport.name
         )
-    return Lane(transport, peer, regions)
+    # What it says of all peers alike says nothing of the other side, whose word counts in the choice.
+    return Lane(transport, peer, regions, chosen if word in ("", transport.path()) else word, word)

@@ -253,6 +253,13 @@ class UnknownInFlight(TransportError):
     code = "unknown_in_flight"
 
 
+class PathMismatch(TransportError):
+    """By the engine's word the bytes went another way than the required one. What came that way does not count."""
+
+    code, retryable = "path_mismatch", False
+    default_hint = "`tensorferry doctor` says what stands against RDMA; without `require` this is a warning"
+
+
 class Unsupported(TransportError):
     """The transport does not declare this capability."""
 

@@ -40,6 +40,9 @@ class Transfer:
         """Why it failed; None otherwise."""
         self.transport = ""
         """The name of the transport that carries the rows; empty until the two sides have agreed on one."""
+        self.path = ""
+        """What carries the bytes, in a word ("rdma", "tcp", "memcpy"): as the two sides chose it, and where the engine
+        said otherwise after a write, what it said. Empty until then."""
         self.verdicts: tuple[Verdict, ...] = ()
         """Every transport of either side, best first, each with the reason for its place or for not being used."""
         self._changed = threading.Condition()

@@ -183,6 +183,8 @@ class Poster:
             if target is None:
                 raise TransportError("the receiver cannot be reached any more")
             source, lane = self.sources[write.serial], target.reach.lane
+            if lane.barred is not None:
+                raise lane.barred
             transport, staging = lane.transport, self.staging.of(lane.transport)
             plan = self._plan(write.receiver, part.block)
             needed = plan.stage_bytes(source.names, part.count, rows=staging.holds_rows)
@@ -231,6 +233,19 @@ class Poster:
         log.warning("%s failed %d times in a row (%s); %s carries", transport.name, FALL_BACK_AFTER, reason, carries)
         self._do(self._machine.connected(receiver, None, via=carries))
 
+    def _went_another_way(self, target: Target, posted: Posted) -> bool:
+        """Under `require` a write that did ends its transfer, is not reported as done, and its way is used no more."""
+        reach, write = target.reach, posted.part.write
+        lane = reach.lane_of(posted.transport.name)
+        error = None if lane is None else reach.check(lane, self._carriers.require)
+        if error is None:
+            return False
+        self._do(self._machine.cancel(write.serial, error))
+        self._do(self._machine.write_failed(write.write, set(posted.part.indices), error))
+        left = error if reach.lane.barred is not None else None
+        self._do(self._machine.connected(write.receiver, left, via=reach.lane.transport.name))
+        return True
+
     def _digest(self, source: Source, write: fx.PostWrite, index: int) -> int:
         seed = block_seed(write.receiver, write.xfer, write.content_id, index)
         return digest(source.block_views(index, self._block_size), seed, self._integrity)
@@ -269,8 +284,11 @@ class Poster:
         if posted.unknown:
             self._do(self._machine.write_drained(write, indices))
         elif status is Status.DONE:
-            if (target := self.targets.get(receiver)) is not None and target.reach.lane.transport is transport:
-                target.reach.failures = 0
+            if (target := self.targets.get(receiver)) is not None:
+                if target.reach.lane.transport is transport:
+                    target.reach.failures = 0
+                if self._went_another_way(target, posted):
+                    return
             self._do(self._machine.write_done(write, posted.digests))
         else:
             failed = TransportError("a write failed", transport=transport.name)

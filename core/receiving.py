@@ -189,14 +189,32 @@ class Receiver(Endpoint):
             self._heard[route] = now
         if isinstance(message, m.Announce):
             self._show_way(route, message)
+        elif isinstance(message, m.Done):
+            self._check_path(message)
         self._do(self.machine.on_message(route, message))
 
     def _show_way(self, route: str, announced: m.Announce) -> None:
         t, transfer = self.machine.transfers.get(announced.xfer), self._transfers.get(announced.xfer)
         if t is not None and transfer is not None and (t.route, t.sender) == (route, announced.src):
             transfer.transport = announced.via
-            if announced.src in self._known:
-                transfer.verdicts = tuple(self._known[announced.src].reach.verdicts)
+            if (known := self._known.get(announced.src)) is not None:
+                self._show_path(transfer, known.reach)
+
+    def _check_path(self, done: m.Done) -> None:
+        """What this side's engine says of the path, after a write by the peer and before it counts."""
+        known, transfer = self._known.get(done.src), self._transfers.get(done.xfer)
+        lane = known.reach.lane_of(transfer.transport) if known is not None and transfer is not None else None
+        if known is None or transfer is None or lane is None:
+            return
+        error = known.reach.check(lane, self.carriers.require)
+        self._show_path(transfer, known.reach)
+        if error is not None:
+            self._do(self.machine.cancel(done.xfer, error))
+
+    def _show_path(self, transfer: ReceiveTransfer, reach: Reach) -> None:
+        lane = reach.lane_of(transfer.transport)
+        transfer.path = lane.path if lane is not None else ""
+        transfer.verdicts = tuple(reach.verdicts)
 
     def _carry_out(self, effect: fx.Effect) -> None:
         match effect:

@@ -207,6 +207,7 @@ class Sender(Endpoint):
             target = self._poster.targets.get(binding.receiver)
             if target is not None:
                 transfer.transport = target.reach.lane.transport.name
+                transfer.path = target.reach.path
                 transfer.verdicts = tuple(target.reach.verdicts)
                 return
 

@@ -15,6 +15,7 @@ from tensorferry.core.errors import (
     BadCall,
     ConfigError,
     FerryError,
+    PathMismatch,
     PeerUnreachable,
     TransportError,
     TransportMismatch,
@@ -323,3 +324,100 @@ def test_a_named_transport_is_never_replaced() -> None:
     reach = Carriers(Named("shm", "memcpy")).reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
     assert not reach.fall_back("three writes failed")
     assert lanes(reach) == ["shm"]
+
+
+# ---- what the engine says after a write --------------------------------------------------------------------------
+
+
+def two_ways(require: str = "") -> tuple[Named, Named, Carriers]:
+    engine, other = Named("mooncake", "rdma"), Named("nixl", "rdma")
+    return engine, other, Carriers([engine, other], require=require)
+
+
+BOTH = (("mooncake", "rdma"), ("nixl", "rdma"))
+
+
+def test_a_path_that_is_as_chosen_is_nothing_to_talk_of(caplog: pytest.LogCaptureFixture) -> None:
+    _, _, carriers = two_ways()
+    reach = carriers.reach(hello(*BOTH), "peer")
+    before = list(reach.verdicts)
+    assert reach.check(reach.lane) is None
+    assert (reach.path, reach.verdicts, caplog.text) == ("rdma", before, "")
+
+
+def test_an_engine_that_went_another_way_is_a_warning_once_and_the_verdict_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, _, carriers = two_ways()
+    said = hello(*BOTH)
+    reach = carriers.reach(said, "peer")
+    engine.way_to_peer = "tcp"
+    for _ in range(3):
+        assert reach.check(reach.lane) is None
+    reach = carriers.reach(said, "peer", reach)  # a newer Hello does not make it news
+    assert reach.check(reach.lane) is None
+    assert (reach.lane.transport, reach.path) == (engine, "tcp")
+    assert reach.verdicts[0].path == "tcp"
+    assert "chosen over rdma" in reasons(reach)["mooncake"]
+    assert "bytes go over tcp" in reasons(reach)["mooncake"]
+    assert caplog.text.count("chosen over rdma") == 1
+
+
+def test_an_engine_that_went_a_better_way_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Named("mooncake", "tcp")
+    reach = Carriers(engine).reach(hello(("mooncake", "tcp")), "peer")
+    engine.way_to_peer = "rdma"
+    assert reach.check(reach.lane) is None
+    assert (reach.path, caplog.text) == ("rdma", "")
+
+
+def test_where_a_path_is_required_another_one_is_an_error_that_names_both_and_the_way_is_used_no_more() -> None:
+    engine, other, carriers = two_ways("rdma")
+    said = hello(*BOTH)
+    reach = carriers.reach(said, "peer")
+    engine.way_to_peer = "tcp"
+    strayed = reach.lane
+    error = reach.check(strayed, carriers.require)
+    assert isinstance(error, PathMismatch)
+    assert "rdma is required" in error.cause
+    assert "over tcp" in error.cause
+    assert reach.lane.transport is other
+    assert not reach.fall_back("three writes failed")  # not to that one
+    assert [(v.name, v.viable) for v in reach.verdicts] == [("nixl", True), ("mooncake", False)]
+    engine.way_to_peer = "rdma"
+    again = carriers.reach(said, "peer", reach)
+    assert lanes(again) == ["nixl", "mooncake"]  # connected: what it may still write has to be watched
+    assert again.check(again.lanes[1], carriers.require) is error
+    engine.states["peer"] = PeerState.GONE
+    assert not again.quiet
+
+
+def test_where_the_only_way_has_strayed_nothing_joins_the_sides_any_more() -> None:
+    engine = Named("mooncake", "rdma")
+    carriers = Carriers(engine, require="rdma")
+    reach = carriers.reach(hello(("mooncake", "rdma")), "peer")
+    engine.way_to_peer = "tcp"
+    error = reach.check(reach.lane, carriers.require)
+    with pytest.raises(PathMismatch) as raised:
+        carriers.reach(hello(("mooncake", "rdma")), "peer", reach)
+    assert raised.value is error
+    assert engine.peers == ["peer"]
+
+
+def test_an_engine_that_cannot_say_fails_closed_where_a_path_is_required() -> None:
+    engine, _, carriers = two_ways("rdma")
+    reach = carriers.reach(hello(*BOTH), "peer")
+    engine.path = lambda peer=None: {}["no"]  # type: ignore[method-assign]
+    assert isinstance(reach.check(reach.lane, carriers.require), PathMismatch)
+
+
+def test_what_an_engine_knows_of_this_peer_before_any_write_is_what_was_chosen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Named("nixl", "rdma")
+    engine.way_to_peer = "memcpy"
+    reach = Carriers(engine).reach(hello(("nixl", "rdma")), "peer")
+    assert (reach.path, reach.verdicts[0].path) == ("memcpy", "memcpy")
+    assert reach.verdicts[0].reason == "first choice: over rdma; memcpy to this peer"
+    assert reach.check(reach.lane) is None
+    assert caplog.text == ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import tensorferry as tf
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.core import asking, errors, receiving, sending
-from tensorferry.core.posting import FALL_BACK_AFTER
+from tensorferry.core.posting import FALL_BACK_AFTER, MOST_POSTS
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Transport
 
@@ -207,6 +207,83 @@ def test_the_choice_is_logged_once_for_each_peer(caplog: pytest.LogCaptureFixtur
             sides.carry(room)
     assert sum("is reached by shm (first choice" in line for line in caplog.messages) == 1
     assert sum("can reach us by shm (first choice" in line for line in caplog.messages) == 1
+
+
+# ---- the path, after a write ---------------------------------------------------------------------------------------
+
+
+class Strays(MemoryTransport):
+    """Says that its bytes go over `way`, by which it was chosen, and `after` so many writes that they go over tcp."""
+
+    way = "rdma"
+    after = 1 << 60
+
+    def __init__(self, name: str = "memory") -> None:
+        super().__init__(MemoryOptions())
+        self.name = name  # type: ignore[misc]
+        self.done = 0
+
+    def path(self, peer: Any = None) -> str:
+        return "tcp" if peer is not None and self.done >= self.after else self.way
+
+    def post(self, peer: Any, copies: Any) -> int:
+        self.done += 1
+        return super().post(peer, copies)
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_where_rdma_is_required_bytes_that_went_another_way_do_not_count(after: int) -> None:
+    engine, other = Strays(), Strays()
+    engine.after = after
+    with Sides([engine], [other], require="rdma") as sides:
+        sent = sides.sender.send(1, **rows(TOKENS, layout=SMALL))
+        received = sides.receiver.receive(1, sides.sender.address)
+        for transfer in (sent, received):
+            with pytest.raises(errors.PathMismatch, match=r"rdma is required.*over tcp"):
+                transfer.wait(PATIENCE)
+        posts = engine.done
+        assert posts <= after + MOST_POSTS
+        waiting = sides.sender.send(2, **rows(TOKENS, layout=SMALL))
+        with pytest.raises(errors.PathMismatch):
+            sides.receiver.receive(2, sides.sender.address).wait(PATIENCE)
+        waiting.cancel()  # for another receiver it would still be there
+        assert engine.done == posts  # it is used no more
+
+
+def test_the_receivers_own_requirement_is_held_against_its_own_engine() -> None:
+    engine, strays = Strays(), Strays()
+    with tf_ends(engine, strays) as (sender, receiver):
+        strays.after = 0
+        sender.send(1, **rows(TOKENS, layout=SMALL))
+        with pytest.raises(errors.PathMismatch, match=r"rdma is required.*over tcp"):
+            receiver.receive(1, sender.address).wait(PATIENCE)
+
+
+@contextmanager
+def tf_ends(ours: Transport, theirs: Transport) -> Iterator[tuple[sending.Sender, receiving.Receiver]]:
+    """Only the receiver requires RDMA; its engine strays after the two have met."""
+    settings = Settings(**ROUNDS)
+    with (
+        sending.Sender(SMALL, ours, settings) as sender,
+        receiving.Receiver(SMALL, theirs, replace(settings, require="rdma")) as receiver,
+    ):
+        given = rows(TOKENS, layout=SMALL)
+        sender.send(9, **given)
+        assert_same(receiver.receive(9, sender.address).result(PATIENCE), given)
+        yield sender, receiver
+
+
+def test_otherwise_it_is_one_warning_and_the_transfer_says_what_carried(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Strays()
+    with Sides([engine], [Strays()]) as sides:
+        sent, received = sides.carry()
+        assert (sent.transport, sent.path, received.path) == ("memory", "rdma", "rdma")
+        engine.after = 0
+        sent, _ = sides.carry(2)
+        sides.carry(3)
+        assert sent.path == "tcp"
+        assert "chosen over rdma, and by the engine's word its bytes go over tcp" in sent.verdicts[0].reason
+    assert caplog.text.count("chosen over rdma") == 1
 
 
 # ---- staging under writes whose outcome nobody knows ----------------------------------------------------------
