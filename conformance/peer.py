@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import select
@@ -102,6 +103,10 @@ class Peer:
     def differs(self, offset: int, nbytes: int, seed: str, index: int = 0) -> str:
         self.flush(index)
         return difference(self.regions[index].memory.view(offset, nbytes), pattern(seed, nbytes))
+
+    def digest(self, offset: int, nbytes: int, index: int = 0) -> str:
+        self.flush(index)
+        return hashlib.sha256(self.regions[index].memory.view(offset, nbytes)).hexdigest()
 
     def close(self) -> None:
         self.transport.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-MODULES: tuple[str, ...] = ("basics", "moving", "seeing", "refusing", "joining")
+MODULES: tuple[str, ...] = ("basics", "moving", "seeing", "refusing", "joining", "ending", "waking", "losing")
 
 
 def load() -> None:

@@ -1,0 +1,79 @@
+"""WAK: who sleeps until something changes is woken."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from tensorferry.conformance.model import check
+from tensorferry.conformance.stage import FINAL, PATIENCE_S, Pair, Stage, at
+from tensorferry.core.transport import Copy
+
+
+@check("WAK-1")
+def wakes_after_a_change(stage: Stage) -> None:
+    pair = stage.pair(1 << 20)
+    woken = threading.Event()
+    pair.writer.on_progress(woken.set)
+    source = pair.source(stage.pattern(1 << 20))
+    for nbytes in (1, 4096, 1 << 20):
+        handle = pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, nbytes)])
+        _sleep_until(stage, pair, [handle], woken)
+        pair.done(handle)
+
+
+@check("WAK-2", seconds=60)
+def loses_no_wake(stage: Stage) -> None:
+    pair = stage.pair(1 << 20)
+    woken = threading.Event()
+    pair.writer.on_progress(woken.set)
+    source = pair.source(stage.pattern(1 << 20))
+    for _ in range(stage.times(5, 25, 200)):
+        handles = []
+        for _ in range(stage.random.randrange(1, 40)):
+            nbytes = stage.random.choice((1, 100, 10_000, 300_000))
+            handles.append(pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, nbytes)]))
+        _sleep_until(stage, pair, handles, woken)
+        for handle in handles:
+            pair.done(handle)
+
+
+def _sleep_until(stage: Stage, pair: Pair, handles: list[int], woken: threading.Event) -> None:
+    """Until all have ended, looking only when woken."""
+    waiting = set(handles)
+    while waiting:
+        if not woken.wait(PATIENCE_S):
+            ended = [handle for handle in waiting if pair.writer.poll(handle) in FINAL]
+            what = f"{len(ended)} of {len(handles)} posts ended and nobody was woken for {PATIENCE_S:g} s"
+            stage.fail(what if ended else f"{len(waiting)} posts do not end")
+        woken.clear()
+        waiting = {handle for handle in waiting if pair.writer.poll(handle) not in FINAL}
+
+
+@check("WAK-3")
+def survives_a_wake_that_raises(stage: Stage) -> None:
+    pair = stage.pair()
+
+    def wake() -> None:
+        raise RuntimeError("raised on purpose by the conformance suite")
+
+    pair.writer.on_progress(wake)
+    for n in range(5):
+        data = stage.pattern(64, n)
+        pair.done(pair.post(data), "a post whose wake function raises")
+        pair.placed(data)
+
+
+@check("WAK-4")
+def is_silent_after_close(stage: Stage) -> None:
+    pair = stage.pair(4 << 20)
+    calls: list[float] = []
+    pair.writer.on_progress(lambda: calls.append(time.monotonic()))
+    source = pair.source(stage.pattern(4 << 20))
+    for _ in range(10):
+        pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, 4 << 20)])
+    pair.writer.close()
+    closed = time.monotonic()
+    stage.settle()
+    late = [call for call in calls if call > closed]
+    stage.expect(not late, f"woken {len(late)} times after close had returned")
