@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
-from tensorferry.conformance.model import Inconclusive, SuiteError, Violation
+from tensorferry.conformance.model import NotApplicable, Violation
 from tensorferry.conformance.target import Spec, child_environment
-from tensorferry.core.errors import FerryError, from_code
+from tensorferry.core.errors import TransportMismatch, from_code
+
+T = TypeVar("T")
 
 
 class PeerProcess:
@@ -90,15 +93,9 @@ class PeerProcess:
                 stream.close()
 
 
-def joined(call: Any) -> Any:
-    """What `call` (a connect to another process) answers; inconclusive where the transport joins no two processes."""
-    from tensorferry.core.errors import TransportMismatch
-
+def joined(call: Callable[[], T]) -> T:
+    """What `call` (a connect to another process) answers; not applicable where the transport joins no two processes."""
     try:
         return call()
     except TransportMismatch as error:
-        raise Inconclusive(f"the transport does not join two processes: {error.cause}") from error
-    except FerryError:
-        raise
-    except OSError as error:
-        raise SuiteError(f"{error}") from error
+        raise NotApplicable(f"does not join two processes: {error.cause}") from error

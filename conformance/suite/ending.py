@@ -195,7 +195,8 @@ def nothing_lands_after_retire(stage: Stage) -> None:
         for shot in shots:
             pair.owner.retire(shot.region)
             stage.seal(shot.region)
-        X
+        first = shots[0].region
+        late = stage.attempt(lambda pair=pair, first=first: pair.post(b"late", region=first), "a post after retire")
         if held:
             stage.hooks.let_go(pair.writer)
         handles = [shot.handle for shot in shots] + ([] if isinstance(late, FerryError) else [late])
