@@ -52,6 +52,26 @@ explore: ## explore the protocol's states exhaustively
 	@scripts/setup dev
 	$(BIN)/python -m tensorferry.conformance.explore --all $(ARGS)
 
+.PHONY: simulate
+simulate: ## a million seeds and more of the simulated world (ARGS="--seeds N --profile chaos")
+	@scripts/setup dev
+	$(BIN)/python -m tensorferry.conformance.protocol.simulate --seeds 100000 $(ARGS)
+
+.PHONY: mutants
+mutants: ## the machines with one mechanism taken out: the search and the simulation have to find out
+	@scripts/setup dev
+	$(BIN)/python -m tensorferry.conformance.protocol.matrix $(ARGS)
+
+.PHONY: fuzz
+fuzz: ## ten minutes of frames and messages that nobody should send (ARGS="--seconds N --seed N")
+	@scripts/setup dev
+	$(BIN)/python -m tensorferry.conformance.protocol.fuzz --seconds 600 $(ARGS)
+
+.PHONY: transcripts
+transcripts: ## record the golden transcripts anew
+	@scripts/setup dev
+	$(BIN)/python -m tensorferry.conformance.protocol.transcripts --write
+
 .PHONY: engines
 engines: ## add the optional engines (Mooncake, NIXL) and the system libraries that they need
 	@scripts/setup engines

@@ -369,9 +369,9 @@ class SenderMachine(SenderState):
 
     def _on_open(self, r: Receiver, o: m.Open) -> None:
         key = (o.src, o.xfer)
-        slot_id = self.where.get(key)
-        if slot_id is not None:
-            self._announce_to(self.slots[slot_id], o.rank)
+        bound = self._binding_at(key)
+        if bound is not None:  # said again; room and rank are what they were at first, whatever it says now (ID-5)
+            self._announce_to(self.slots[self.where[key]], bound.rank)
             return
         slot = self._slot_at(o.room)
         if r.problem is not None:
