@@ -70,6 +70,28 @@ _REFUSES = {
 }
 
 
+CHOOSES = ("MC_FORCE_TCP", "MC_FORCE_HCA", "MC_TE_FILTERS", "MC_GID_INDEX", "MC_IB_PORT", "MC_USE_IPV6")
+"""The user's variables that decide about the way that bytes take: the probe shows those that are set."""
+
+EXPOSURE = {
+    "listens": "on all interfaces, for anybody who can connect",
+    "authentication": "none: whoever can connect reads and writes all registered memory",
+    "binding": "not offered: MC_TCP_BIND_ADDRESS and MC_RDMA_BIND_ADDRESS only change what peers are told",
+}
+"""The handshake binds INADDR_ANY (findAvailableTcpPort, startDaemon) and the data port [::] with IPv4 (TcpContext), and
+neither reads an option. MC_TCP_BIND_ADDRESS is not even read in P2P mode, which is ours; MC_RDMA_BIND_ADDRESS names
+the address in the paths of NICs."""
+
+
+def port_range() -> str:
+    """From where the engine draws its ports, as `15000-17000`."""
+    found = []
+    for end, default in (("MIN", 15000), ("MAX", 17000)):
+        text = os.environ.get(f"MC_{end}_RPC_PORT") or os.environ.get(f"MC_{end}_PRC_PORT") or ""  # both are read
+        found.append(int(text) if text.isdecimal() else default)
+    return "-".join(map(str, found if found[0] <= found[1] else (15000, 17000)))
+
+
 class Unfit(Exception):
     """The engine cannot be used here: `reason`, and `hint` what would help."""
 

@@ -108,17 +108,11 @@ class MooncakeTransport(HostTransport[Job]):
                 environment.prepare()
                 load()
         except Unfit as unfit:
-            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
+            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint, _facts())
         except Exception as error:  # noqa: BLE001 - whatever an engine's import raises is the answer
-            return Probe(Readiness.BROKEN, f"importing the Mooncake engine fails: {error!r}", environment.INSTALL)
-        ports = environment.rdma_ports()
-        facts = {
-            "engine": environment.installed_version(),
-            "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",
-            "address": _own_address("auto"),
-            "listens": "on all interfaces, for anybody who can connect",
-            **{name: os.environ[name] for name in ("MC_FORCE_TCP", "MC_FORCE_HCA") if name in os.environ},
-        }
+            why = f"importing the Mooncake engine fails: {error!r}"
+            return Probe(Readiness.BROKEN, why, environment.INSTALL, _facts())
+        facts = _facts() | {"address": _own_address("auto"), **environment.EXPOSURE, "ports": environment.port_range()}
         if cause:
             return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts, path="tcp")
         return Probe(Readiness.READY, "an active RDMA device is there", facts=facts, path="rdma")
@@ -272,7 +266,13 @@ class MooncakeTransport(HostTransport[Job]):
         return PeerState.GONE
 
     def path(self, peer: Any = None) -> str:
-        """What the engine has installed, by its own word. Two engines that differ are refused at `connect`."""
+        """What the engine has installed, by its own word. Two engines that differ are refused at `connect`.
+
+        That is the evidence there is, and it holds after a transfer as before. An engine installs one way when it is
+        initialized, RDMA or TCP, and that is where it falls back without a word; it takes each write by the way that
+        the target's segment names, and refuses one that it has not installed (MultiTransport::selectTransport). Of
+        the bytes themselves it tells nothing: its metrics (MC_TE_METRIC) count all ways together.
+        """
         if peer is not None:
             self._check_peer(peer)
         return self._engine.protocol
@@ -342,6 +342,17 @@ class MooncakeTransport(HostTransport[Job]):
         self._live.clear()
         self._peers.clear()
         self._retired.clear()
+
+
+def _facts() -> dict[str, str]:
+    """What can be told of an engine that does not run, and may not be there."""
+    version = environment.installed_version()
+    ports = environment.rdma_ports()
+    return {
+        **({"engine": version} if version else {}),
+        "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",
+        **{name: os.environ[name] for name in environment.CHOOSES if name in os.environ},
+    }
 
 
 def _own_address(host: str) -> str:

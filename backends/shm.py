@@ -140,7 +140,11 @@ class ShmTransport(HostCopyTransport):
                 f"shared memory is not to be had: {error}",
                 hint="shm needs Linux with memfd, abstract unix sockets and /proc",
             )
-        facts = {"boot_id": host.boot_id, "network_namespace": str(host.network)}
+        facts = {
+            "boot_id": host.boot_id,
+            "network_namespace": str(host.network),
+            "authentication": "by the kernel: the same user, in this network namespace",
+        }
         if not _process.supported():
             return Probe(
                 Readiness.DEGRADED,
@@ -287,6 +291,8 @@ class ShmTransport(HostCopyTransport):
 
     def _start(self, peer: HostPeer, batch: Batch, plan: list[tuple[Any, int, int, int]]) -> None:
         assert isinstance(peer, ShmPeer)
+        if self.peer_state(peer) is PeerState.GONE:  # its pages may outlive it, and nobody will read them
+            raise TransportError("the peer has ended", transport=self.name)
         peer.link.submit(batch, plan)
 
     def cancel(self, handle: int) -> None:

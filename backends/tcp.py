@@ -166,7 +166,12 @@ class TcpTransport(HostTransport[Post]):
                 hint="tcp needs Linux with /proc, and a network namespace with at least a loopback interface",
             )
         addresses = local_addresses()
-        facts = {"addresses": ", ".join(addresses) or "loopback only", "connections": str(CONNECTIONS)}
+        facts = {
+            "addresses": ", ".join(addresses) or "loopback only",
+            "connections": str(CONNECTIONS),
+            "authentication": "a random token of 128 bits, which peers learn over the control channel",
+            "binding": "the option host: one address instead of all; the option port: a port or a range",
+        }
         if not addresses:
             return Probe(
                 Readiness.DEGRADED,

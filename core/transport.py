@@ -73,6 +73,9 @@ class Probe:
     reason: str
     hint: str = ""
     facts: dict[str, str] = field(default_factory=dict)
+    """Anything, by name. `tensorferry doctor` knows some: `engine`, the version of one that is installed, whether it
+    works or not; `authentication`, how callers at its ports are told apart, beginning with "none" where they are not;
+    `binding`, how it is kept to one interface; `ports`, as "15000-17000", from where it draws them."""
     path: str = ""
     """What `path` would answer, once it is open."""
 

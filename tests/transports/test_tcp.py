@@ -383,4 +383,4 @@ def test_probe_names_addresses_and_connections() -> None:
     probe = TcpTransport.probe()
     assert probe.usable
     assert probe.path == "tcp"
-    assert set(probe.facts) == {"addresses", "connections"}
+    assert set(probe.facts) == {"addresses", "authentication", "binding", "connections"}

@@ -11,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import IO
+from dataclasses import asdict, dataclass
+from typing import IO, Any
 
 from tensorferry.core.transport import Probe, Readiness
 
@@ -38,30 +39,57 @@ def probe_each(names: Iterable[str], seconds: float = DEFAULT_SECONDS, *, debug:
         return dict(zip(asked, pool.map(lambda name: _probe(name, seconds, debug), asked), strict=True))
 
 
-def _probe(name: str, seconds: float, debug: bool) -> Probe:
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", __spec__.name, name],  # -P: nothing is imported from the working directory
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=None if debug else subprocess.DEVNULL,
-        start_new_session=True,
-    ) as child:
+@dataclass(frozen=True)
+class Ended:
+    """What became of a child: all that it said, and `how` it ended, if not well."""
+
+    said: bytes
+    how: str = ""
+    last_words: str = ""
+    """The last line that it, or an engine in it, wrote to standard error; not where that is shown anyway."""
+
+
+def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> Ended:
+    """Run a module in a process of its own for at most so long. Nothing of it is left afterwards."""
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *args],  # -P: nothing is imported from the working directory
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if debug else words,
+            start_new_session=True,
+        ) as child,
+    ):
+        how = ""
         try:
-            answer, _ = child.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return Probe(
-                Readiness.BROKEN,
-                f"its probe gave no answer within {seconds:g} s",
-                "`tensorferry transports --debug` shows what it prints; `--timeout` waits longer",
-            )
+            said, _ = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as late:
+            said, how = late.output or b"", f"gave no answer within {seconds:g} s"
         finally:
             _end(child)
-    if child.returncode == 0:
-        return _parse(answer)
-    how = f"ended with status {child.returncode}"
-    if child.returncode < 0:
-        how = f"was ended by {signal.Signals(-child.returncode).name}"
-    return Probe(Readiness.BROKEN, f"its probe {how}", "`tensorferry transports --debug` shows what it prints")
+        if not how and child.returncode:
+            how = f"ended with status {child.returncode}"
+            if child.returncode < 0:
+                how = f"was ended by {signal.Signals(-child.returncode).name}"
+        return Ended(said, how, _last_line(words))
+
+
+def _last_line(file: IO[bytes]) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 4096))
+    lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def _probe(name: str, seconds: float, debug: bool) -> Probe:
+    ended = run_child(__spec__.name, name, seconds=seconds, debug=debug)
+    if not ended.how:
+        return parse(ended.said)
+    more = "; `--timeout` waits longer" if "no answer" in ended.how else ""
+    return Probe(
+        Readiness.BROKEN, f"its probe {ended.how}", f"`tensorferry transports --debug` shows what it prints{more}"
+    )
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -72,7 +100,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _parse(answer: bytes) -> Probe:
+def parse(answer: bytes) -> Probe:
     try:
         told = json.loads(answer)
         return Probe(Readiness(told["readiness"]), told["reason"], told["hint"], told["facts"], told["path"])
@@ -80,13 +108,16 @@ def _parse(answer: bytes) -> Probe:
         return Probe(Readiness.BROKEN, f"its probe answered {answer[:80]!r}")
 
 
+def told(answer: Probe) -> dict[str, Any]:
+    """An answer as `parse` reads it."""
+    return asdict(answer) | {"facts": {str(key): str(value) for key, value in answer.facts.items()}}
+
+
 def main() -> int:
     own = reserve_stdout()
     from tensorferry.plugins import registry
 
-    answer = registry.probe(sys.argv[1])
-    facts = {str(key): str(value) for key, value in answer.facts.items()}
-    json.dump(asdict(answer) | {"facts": facts}, own)
+    json.dump(told(registry.probe(sys.argv[1])), own)
     own.flush()
     os._exit(0)  # an engine's threads or destructors cannot change the answer any more
 
