@@ -1,10 +1,20 @@
-"""The checks, a module for each family or two. Importing this package imports none of them; `load` does."""
+"""The checks, a module for each family or two. Importing this package imports none of them: `load` does."""
 
 from __future__ import annotations
 
 import importlib
 
-MODULES: tuple[str, ...] = ("basics", "moving", "seeing", "refusing", "joining", "ending", "waking", "losing")
+MODULES: tuple[str, ...] = (
+    "basics",
+    "moving",
+    "seeing",
+    "refusing",
+    "joining",
+    "ending",
+    "waking",
+    "losing",
+    "hygiene",
+)
 
 
 def load() -> None:

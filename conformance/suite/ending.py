@@ -121,7 +121,7 @@ def done_is_true(stage: Stage) -> None:
             wrong = scene.lost(shot)
             stage.expect(not wrong, f"after {scene.name}, a post of two copies is DONE, and not all is placed: {wrong}")
 
-    scenes(stage, look)
+    scenes(stage, look, often=True)
 
 
 @check("ERR-7", seconds=120)
@@ -153,7 +153,7 @@ def _nothing_lands_after(stage: Stage, what: str, over: object) -> None:
             stage.seal(shot.region)
             sealed.append((scene, shot))
 
-    scenes(stage, look)
+    scenes(stage, look, often=True)
     stage.note("watched", len(sealed))
     for scene, shot in sealed:
         moved(stage, scene, shot, what)

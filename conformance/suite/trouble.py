@@ -12,8 +12,8 @@ from tensorferry.conformance.stage import FINAL, Pair, Stage, at
 from tensorferry.core.errors import FerryError
 from tensorferry.core.transport import Copy, Region, Status
 
-NBYTES = 6 << 20
-SHOTS = 10
+NBYTES = 4 << 20
+SHOTS = 8
 ENDS_WITHIN_S = 60.0
 
 
@@ -90,12 +90,14 @@ EVENTS: dict[str, Callable[[Pair, list[Shot]], None]] = {
 }
 
 
-def scenes(stage: Stage, look: Callable[[Scene, Shot], None] = lambda scene, shot: None) -> list[Scene]:
-    """Each event, a few times at different moments, with the outcome of every post. `look` is called at the first
+def scenes(
+    stage: Stage, look: Callable[[Scene, Shot], None] = lambda scene, shot: None, *, often: bool = False
+) -> list[Scene]:
+    """Each event, once or (`often`) at different moments, with the outcome of every post. `look` is called at the first
     moment at which a post has one."""
     found = []
     for name, event in EVENTS.items():
-        for attempt in range(stage.times(1, 2, 8)):
+        for attempt in range(stage.times(1, 2 if often else 1, 8)):
             pair = stage.pair(64)
             if name == "a cancel" and not pair.writer.capabilities.cancellable:
                 break
