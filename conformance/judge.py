@@ -27,7 +27,8 @@ from tensorferry.conformance.target import Target
 from tensorferry.core.errors import Unsupported
 from tensorferry.core.transport import Capabilities
 
-HERE = str(Path(__file__).resolve().parent)
+HERE = str(Path(__file__).parent)
+"""As frames name it: in an editable install it is reached through a link."""
 
 VERBS = {"cancellable": "cancel", "needs_flush": "flush", "wakes": "on_progress"}
 """The verbs that a capability stands for: undeclared, they are refused."""
