@@ -1,1 +1,1 @@
-"""The protocol's own tests, layer by layer: transcripts, simulation, mutants, fuzz. docs/testing.md tells what each finds."""
+"""The protocol's own tests in layers: transcripts, simulation, mutants, fuzz. docs/testing.md says what each finds."""

@@ -53,7 +53,9 @@ def value(kind: schema.Type, rng: Random) -> Any:
     if isinstance(kind, schema.IntType):
         low = kind.ge if kind.ge is not None else 0
         high = kind.le if kind.le is not None else (kind.lt if kind.lt is not None else 1 << 63) - 1
-        return rng.choice((low, high, min(low + 1, high), rng.randint(low, min(high, low + 20)), rng.randint(low, high)))
+        return rng.choice(
+            (low, high, min(low + 1, high), rng.randint(low, min(high, low + 20)), rng.randint(low, high))
+        )
     if isinstance(kind, schema.BoolType):
         return rng.random() < 0.5
     if isinstance(kind, schema.BytesType):
@@ -171,13 +173,15 @@ class Hostage:
             if name == "runs":
                 changed[name] = self._runs(type(said), rng)
         if isinstance(said, m.Done) and "runs" in changed and rng.random() < 0.8:
-            blocks = sum(struct.unpack_from("<I", changed["runs"], 8 * k + 4)[0] for k in range(len(changed["runs"]) // 8))
+            blocks = sum(count for _, count in struct.iter_unpack("<II", changed["runs"]))
             changed["digests"] = bytes(8 * min(blocks, 4000))
         return (route if rng.random() < 0.9 else "stranger"), replace(said, **changed)
 
     @staticmethod
     def _runs(kind: type[m.Message], rng: Random) -> bytes:
-        small = lambda: rng.choice((0, 1, 2, 3, rng.randint(0, 70), (1 << 32) - 1))  # noqa: E731
+        def small() -> int:
+            return rng.choice((0, 1, 2, 3, rng.randint(0, 70), (1 << 32) - 1))
+
         if kind is m.Done:
             return m.pack_done([(small(), rng.randint(0, 5)) for _ in range(rng.randint(0, 4))])
         return m.pack_grant([(small(), small(), rng.randint(0, 9), small()) for _ in range(rng.randint(0, 4))])
@@ -245,7 +249,11 @@ class Hostage:
         """MSG-5: what strangers can make a machine remember is bounded."""
         machine = self.machine
         if isinstance(machine, ReceiverMachine):
-            kept = {"transfers": len(machine.transfers), "peers": len(machine.peers), "uses": len(machine.decisions.uses)}
+            kept = {
+                "transfers": len(machine.transfers),
+                "peers": len(machine.peers),
+                "uses": len(machine.decisions.uses),
+            }
         else:
             kept = {"receivers": len(machine.receivers), "slots": len(machine.slots), "writes": len(machine.writes)}
             kept["revoked"] = max((len(r.revoked) for r in machine.receivers.values()), default=0)

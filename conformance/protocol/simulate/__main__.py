@@ -35,7 +35,8 @@ def summary(by_name: dict[str, Sum], seconds: float, *, interrupted: bool) -> bo
         whole.add(total)
     print(row("all", whole))
     rate = whole.seeds / seconds if seconds else 0.0
-    print(f"{seconds:.1f} s, {rate:.0f} seeds/s{'; interrupted: the seeds above were run, the rest were not' * interrupted}")
+    rest = "; interrupted: the seeds above were run, the rest were not" if interrupted else ""
+    print(f"{seconds:.1f} s, {rate:.0f} seeds/s{rest}")
     for out in whole.failed[:MOST_SHOWN]:
         print(f"FAILED {out.profile} seed {out.seed}: {out.violation}\n       {out.command}")
     if len(whole.failed) > MOST_SHOWN:
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tensorferry.conformance.protocol.simulate", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="of each profile (default: %(default)s)")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="SEED", help="the first seed (default: 0)")
-    parser.add_argument("--profile", default="", metavar="NAME,...", help=f"some of {', '.join(PROFILES)} (default: all)")
+    parser.add_argument("--profile", default="", metavar="NAME,...", help=f"of {', '.join(PROFILES)} (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     parser.add_argument("--trace", action="store_true", help="print every step of each seed, and replay it")
     parser.add_argument("--quiet", action="store_true", help="no progress lines on stderr")
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.seeds < 1 or asked.first < 0:
         parser.error("--seeds counts from 1, --from from 0")
     if asked.trace:
-        return 0 if all([replay(name, asked.first, asked.seeds) for name in names]) else 1
+        held = [replay(name, asked.first, asked.seeds) for name in names]
+        return 0 if all(held) else 1
     by_name = {name: Sum() for name in names}
     began = shown = time.perf_counter()
     interrupted = False

@@ -175,7 +175,7 @@ class ReceiverHost(Host):
             self._watch_route(route, now, keys)
         for inc in sorted({tenant.sender for tenant in machine.pool.quarantined.values()}):
             keys.add(("quarantine", inc))
-            if self.watches.age(("quarantine", inc), now) > PEER_TIMEOUT:
+            if world.profile.suspicious and self.watches.age(("quarantine", inc), now) > PEER_TIMEOUT:
                 if "timer_fence" in world.mutation.world:
                     machine.pool.gone(inc)
                     self.event("resume_grants", 0)
@@ -188,7 +188,7 @@ class ReceiverHost(Host):
         if peer.inc:
             keys |= {("met", route), ("silence", route)}
             silent = now - max(self.heard.get(route, now), now - self.watches.age(("silence", route), now))
-            if silent > PEER_TIMEOUT:
+            if silent > PEER_TIMEOUT and self.world.profile.suspicious:
                 self.world.doubt("a sender was believed lost")
                 self.event("peer_silent", route, PeerLost("silent"))
             elif self.watches.every(("met", route), HEARTBEAT, now):
@@ -196,7 +196,7 @@ class ReceiverHost(Host):
             return
         for t in [t for t in self.machine.transfers.values() if t.route == route]:
             keys.add(("meeting", t.xfer))
-            if self.watches.age(("meeting", t.xfer), now) > PEER_TIMEOUT:
+            if self.watches.age(("meeting", t.xfer), now) > PEER_TIMEOUT and self.world.profile.suspicious:
                 self.world.doubt("a sender did not answer")
                 self.event("peer_silent", route, PeerUnreachable("nobody answered"), t.xfer)
 
@@ -222,7 +222,10 @@ class SenderHost(Host):
             case fx.Connect(_, hello):
                 self.event("connected", hello.src, None, "simulated")
             case fx.PostWrite():
-                world.after(world.rng.choice((0.0, 0.0, 0.002, 0.05)), self.post, effect)
+                if world.rng.random() < 0.4:  # at once, without asking whether it is still wanted: both are right
+                    self.launch(effect)
+                else:
+                    world.after(world.rng.choice((0.0, 0.002, 0.05)), self.post, effect)
             case fx.ReleaseSource(serial):
                 world.released(self, serial)
             case fx.Ended(serial, error):
@@ -236,6 +239,9 @@ class SenderHost(Host):
             if write is not None:
                 self.event("write_drained", effect.write, set(write.outstanding))
             return
+        self.launch(effect)
+
+    def launch(self, effect: fx.PostWrite) -> None:
         self.world.sea.launch(self, effect, self.world.content_of(self, effect.serial))
         self.world.judge_writes(self.world.process(effect.route))
 
@@ -248,7 +254,7 @@ class SenderHost(Host):
             key = ("receiver", receiver)
             keys.add(key)
             heard = self.heard.setdefault(receiver, now)
-            if now - heard > PEER_TIMEOUT:
+            if now - heard > PEER_TIMEOUT and self.world.profile.suspicious:
                 self.lose(receiver, gone=False)
             elif watches.every(key, HEARTBEAT, now):
                 self.event("heartbeat", receiver)

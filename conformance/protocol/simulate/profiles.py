@@ -66,6 +66,7 @@ class Profile:
     sender_crashes: int = 0
     receiver_crashes: int = 0
     proof: float = 0.7  # a crash is proved (F4); else slabs are replaced (F3)
+    suspicious: bool = True  # drivers act on silence and on overdue fences; else only on proofs
     same: float = 0.5  # a restarted sender offers the same content
     # applications
     cancels: int = 0
@@ -119,6 +120,8 @@ PROFILES: dict[str, Profile] = {
         Profile("zombies", "senders that stay silent, die unproved, and still write", loss=0.02, slow=0.05, late=0.5,
                 latest=6.0, sender_crashes=1, partitions=2, longest_partition=9.0, proof=0.2, unknown=0.05,
                 storm=(2.0, 8.0)),
+        Profile("proofs", "no timer frees anything: every crash is proved, once", loss=0.03, ghost=0.15, slow=0.2,
+                late=0.2, sender_crashes=2, receiver_crashes=2, proof=1.0, suspicious=False, suspicions=1, cancels=1),
         Profile("cancels", "both sides change their minds, rooms are used again", loss=0.05, double=0.05, ghost=0.1,
                 slow=0.1, cancels=2, sender_cancels=2, reuse=0.6, exposes=1, late=0.1),
         Profile("tiny", "many rooms through one or two blocks", loss=0.02, slow=0.05, most_rooms=5, most_pool=2,
@@ -127,6 +130,8 @@ PROFILES: dict[str, Profile] = {
                 cancels=1, sender_cancels=1, suspicions=1, reuse=0.3, late=0.1),
         Profile("rank-crashes", "ranks and senders of groups die and come back", loss=0.05, double=0.05, slow=0.1,
                 groups=1.0, sender_crashes=1, receiver_crashes=1, cancels=1, late=0.1),
+        Profile("rank-partitions", "ranks that are cut off for long", loss=0.02, ghost=0.05, groups=1.0, partitions=3,
+                longest_partition=8.0, suspicions=1, spread=2.0, storm=(3.0, 9.0)),
         _CHAOS,
     )
 }  # fmt: skip

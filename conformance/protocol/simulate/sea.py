@@ -167,7 +167,7 @@ class Sea:
     def appear(self, f: Flight) -> None:
         """Bytes become visible."""
         if self.reaches(f):
-            self.world.hosts[f.target].memory[f.block] = f.bytes  # type: ignore[union-attr]
+            self.world.hosts[f.target].memory[f.block] = f.bytes
 
     def land(self, f: Flight) -> None:
         if f.gone:

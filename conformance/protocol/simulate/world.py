@@ -420,13 +420,14 @@ class World:
         if not any(w.end == "ok" for w in wants):
             return
         for w in wants:
-            if w.cancelled and w.promised and w.end != "ok":
-                continue  # its caller has left; it had promised its rows, and kept them until the leader ran
             host = self.hosts[w.rank]
             t = host.machine.transfers.get(w.xfer) if host is not None else None
-            if w.end not in ("w", "ok"):
+            left = w.cancelled and w.promised and w.end != "ok"
+            if left and want.rank:
+                continue  # its caller has left; it had promised its rows, and kept them until the leader ran
+            if w.end not in ("w", "ok") and not left:
                 raise Violation(f"TP-2 rank {w.rank} has dropped room {w.room} ({w.end}), and another runs it")
-            if w.end == "w" and w.rank not in self.shape.dummies and (t is None or t.phase is not Phase.VOTED):
+            if w.end != "ok" and w.rank not in self.shape.dummies and (t is None or t.phase is not Phase.VOTED):
                 raise Violation(f"TP-2 rank {w.rank} lacks rows of room {w.room}, and another runs it")
 
     def _maybe_again(self, room: int) -> None:
@@ -573,12 +574,16 @@ class World:
     def part(self) -> None:
         """Some link carries nothing for a while, in one direction or both."""
         one = self.rng.randrange(self.shape.receivers)
-        other = self.rng.randrange(len(self.hosts))
+        others = [self.rng.randrange(len(self.hosts))] if self.rng.random() < 0.6 else range(len(self.hosts))
         until = self.now + self.rng.uniform(0.1, self.profile.longest_partition)
         self.counts["partitions"] += 1
-        self.say(f"no link between {self.name(one)} and {self.name(other)} until {until:.3f}")
-        for link in self.rng.choice([[(one, other)], [(other, one)], [(one, other), (other, one)]]):
-            self.sea.cut[link] = until
+        out, back = self.rng.choice([(True, False), (False, True), (True, True), (True, True)])
+        for other in others:
+            self.say(f"no link between {self.name(one)} and {self.name(other)} until {until:.3f}")
+            if out:
+                self.sea.cut[one, other] = until
+            if back:
+                self.sea.cut[other, one] = until
 
 
 def _choose_last(pieces: list[tuple[int, int]], n: int) -> list[int]:

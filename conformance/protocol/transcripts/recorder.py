@@ -170,7 +170,8 @@ class Tape:
     def gather(self, name: str, job: fx.Gather) -> None:
         """Verify digests, copy rows; tell the machine."""
         inc = self.sides[name]["incarnation"]
-        good, bad = [], []
+        good: list[int] = []
+        bad: list[int] = []
         for index, block, said in job.items:
             content, at = self.blocks[inc, block]
             right = at == index and self.digest(inc, job.xfer, content, index) == said
@@ -212,8 +213,9 @@ class Tape:
         """Nothing is left on either side (LV-2)."""
         for name, machine in self.machines.items():
             if isinstance(machine, ReceiverMachine):
-                left = machine.transfers or machine.pool.free_count != machine.pool.blocks or machine.budget_used
+                left = [*machine.transfers, *machine.pool.granted, *machine.pool.quarantined]
+                left += [machine.budget_used] * (machine.budget_used > 0)
             else:
-                left = machine.slots or machine.writes or machine.orphans
+                left = [*machine.slots, *machine.serials, *machine.orphans] + [1] * len(machine.writes)
             if left:
                 raise RuntimeError(f"{name} is not clean: {left}")

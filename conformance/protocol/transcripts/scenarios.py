@@ -1,4 +1,4 @@
-"""The scenarios. Each is a function that plays a tape; its name is the file's, its docstring what the file says of it."""
+"""The scenarios. Each is a function that plays a tape; its name is the file's, its docstring the file's `about`."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def lost_messages() -> Tape:
 
 @scenario
 def slab_replaced() -> Tape:
-    """No fence comes: the slab gets fresh memory, and a Hello says so. What is still written lands in the old memory."""
+    """No fence comes: the slab gets fresh memory, and a Hello says so. What is still written lands nowhere."""
     tape = _in_the_middle(total=200, pool=4, slabs=2, first_grant=2)
     tape.event("receiver", "suspect", xfer=1, code="transport", cause="another path")
     while tape.mail:  # Revoke is lost, so that no Fenced comes
@@ -280,7 +280,7 @@ def _group() -> Tape:
 
 @scenario
 def group_commits() -> Tape:
-    """Two ranks: rank 1 is announced to after rank 0's Admitted, both vote, COMMIT at the leader, RUN at the follower."""
+    """Two ranks: rank 1 is announced to after rank 0's Admitted, both vote, COMMIT to the leader, RUN to the other."""
     tape = _group()
     tape.receive(17, "rank0")
     tape.receive(17, "rank1")
@@ -366,5 +366,3 @@ def receiver_restarts() -> Tape:
     tape.run()
     tape.assert_clean()
     return tape
-
-

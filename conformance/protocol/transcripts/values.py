@@ -129,13 +129,13 @@ def _to_sender(s: SenderMachine, event: str, given: Json) -> list[fx.Effect]:
             return s.connected(given["receiver"], error, given["via"])
         case "write_done":
             digests = {int(index): int(value, 16) for index, value in given["digests"].items()}
-            return s.write_done(write, digests)  # type: ignore[arg-type]
+            return s.write_done(write, digests)
         case "write_failed" if error is not None:
-            return s.write_failed(write, set(indices(given["indices"])), error)  # type: ignore[arg-type]
+            return s.write_failed(write, set(indices(given["indices"])), error)
         case "write_unknown" if error is not None:
-            return s.write_unknown(write, error)  # type: ignore[arg-type]
+            return s.write_unknown(write, error)
         case "write_drained":
-            return s.write_drained(write, set(indices(given["indices"])))  # type: ignore[arg-type]
+            return s.write_drained(write, set(indices(given["indices"])))
         case "resend":
             return s.resend(given["slot"])
     raise ValueError(f"a sender has no input {event}")
