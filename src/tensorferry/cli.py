@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tensorferry._version import __version__
-from tensorferry.commands import config, demo, receive, send, transports
+from tensorferry.commands import config, conformance, demo, receive, send, transports
 from tensorferry.commands.flags import common
 from tensorferry.commands.output import Exit, Output, exit_for
 from tensorferry.core.errors import Cancelled, FerryError, InternalError
 
-COMMANDS = (demo, send, receive, transports, config)
+COMMANDS = (demo, send, receive, transports, conformance, config)
 
 _EPILOG = """\
 examples:
@@ -28,6 +28,8 @@ examples:
   tensorferry demo --synthetic --rooms 4    four at once, of random numbers
   tensorferry send clip.safetensors --room 17   to another shell or host; prints the command to paste there
   tensorferry transports --why              what can move bytes here, and why not the others
+  tensorferry conformance run shm           hold a transport to the numbered rules
+  tensorferry doctor                        what is wrong here, why not RDMA, and who can connect
   tensorferry config show --origin          every setting, and where its value comes from
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 cannot run here

@@ -24,6 +24,8 @@ class Exit(IntEnum):
     FAILED = 1
     USAGE = 2
     CANNOT_RUN_HERE = 3
+    SUITE_ERROR = 4
+    """Of `conformance run` alone: the suite itself is defective."""
 
 
 class MissingExtra(ConfigError):
