@@ -21,6 +21,7 @@ Long because a truthful transport between two others is one state machine: what 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import weakref
@@ -44,6 +45,8 @@ from tensorferry.core.transport import (
     Status,
     Transport,
 )
+
+log = logging.getLogger("tensorferry.conformance")
 
 FIRST_HANDLE = 1 << 62
 """Handles of held posts count from here: no engine's reach it."""
@@ -76,6 +79,7 @@ class FaultProxy(Transport):
     def _take(self, inner: Transport) -> None:
         self.inner = inner
         self.posts = 0
+        self._pid = os.getpid()
         self._log = Log(self.policy)
         self._posts: dict[int, Held] = {}
         self._loose: list[Held] = []  # let go of by a caller who was lied to
@@ -222,7 +226,7 @@ class FaultProxy(Transport):
             met = self._met.get(id(peer))
             if decision.broken:
                 raise RuntimeError("a defect in the engine's binding")
-            if met is not None and not self._closed and self._sound(met, copies):
+            if met is not None and not self._closed and self._pid == os.getpid() and self._sound(met, copies):
                 if met.lost:
                     raise TransportError("the peer is gone", transport=self.name)
                 if decision.refuse:
@@ -468,7 +472,10 @@ class FaultProxy(Transport):
     def _call_back(self) -> None:
         wake = self._wake
         if wake is not None:
-            wake()
+            try:
+                wake()
+            except Exception:  # a bad call of the caller's: it must not come back out of poll
+                log.exception("the function given to on_progress failed")
 
 
 _proxies: weakref.WeakSet[FaultProxy] = weakref.WeakSet()

@@ -1,0 +1,188 @@
+"""Broken before the first byte, and after the last."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from broken.catalogue import broken
+from tensorferry.backends.memory import MemoryTransport
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import Copy, Options, Probe, Region
+
+
+@broken({"RES-1": "descriptor"})
+class LeaksADescriptor(MemoryTransport):
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._fd = os.open("/dev/null", os.O_RDONLY)
+
+
+@broken({"RES-2": "thread"})
+class LeaksAThread(MemoryTransport):
+    def close(self) -> None:
+        if not self._closed and self._batches:
+            threading.Thread(target=time.sleep, args=(60,), name="never-joined", daemon=True).start()
+        super().close()
+
+
+@broken({"RES-3": "memory|KiB|bytes|MiB"})
+class KeepsAHistory(MemoryTransport):
+    def release(self, handle: int) -> None:
+        super().release(handle)
+        self._history = getattr(self, "_history", [])
+        self._history.append(bytearray(16_384))
+
+
+@broken({"RES-4": "let go|held|kept"})
+class KeepsTheSource(MemoryTransport):
+    def _source(self, copy: Copy) -> Memory:
+        memory = super()._source(copy)
+        _sources.append(memory)
+        del _sources[:-100]
+        return memory
+
+
+_sources: list[Memory] = []
+
+
+@broken({"RES-5": "descriptor"})
+class LeaksWithEachPeer(MemoryTransport):
+    def connect(self, descriptor: bytes) -> Any:
+        peer = super().connect(descriptor)
+        self._sockets = [*getattr(self, "_sockets", []), socket.socket()]
+        return peer
+
+    def close(self) -> None:
+        super().close()
+        for one in getattr(self, "_sockets", []):
+            one.close()
+
+
+# ---- the probe -----------------------------------------------------------------------------------------------
+
+
+@broken({"HYG-1": "probe raised"})
+class RaisesInItsProbe(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        if "HOME" not in os.environ:
+            raise KeyError("HOME")
+        return super().probe()
+
+
+@broken({"HYG-1": "probe", "THR-2": "probe"})
+class HasNoProbe(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        raise NotImplementedError
+
+
+@broken({"HYG-2": "took|10 s"})
+class IsSlowToProbe(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        if not _probed:
+            _probed.append(True)
+            time.sleep(10.5)
+        return super().probe()
+
+
+_probed: list[bool] = []
+
+
+@broken({"HYG-9": "environment|TENSORFERRY_BROKEN"})
+class SetsAVariable(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        os.environ["TENSORFERRY_BROKEN"] = "1"
+        return super().probe()
+
+
+@broken({"HYG-9": "descriptor"})
+class LeavesAProbeOpen(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        os.open("/dev/null", os.O_RDONLY)
+        return super().probe()
+
+
+@broken({"THR-2": "probe"})
+class ProbesInOneThread(MemoryTransport):
+    """Its probe works in the thread that imported it."""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        if threading.get_ident() != _home and _open_ones:
+            raise RuntimeError("the engine belongs to another thread")
+        return super().probe()
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        _open_ones.append(self)
+
+    def close(self) -> None:
+        super().close()
+        if self in _open_ones:
+            _open_ones.remove(self)
+
+
+_home = threading.get_ident()
+_open_ones: list[ProbesInOneThread] = []
+
+
+# ---- what is declared ----------------------------------------------------------------------------------------
+
+
+class NeedsAName(Options, frozen=True):
+    """A field without a default."""
+
+    device: str
+
+
+class Forgiving(Options, frozen=True, forbid_unknown_fields=False):
+    """Unknown options are dropped."""
+
+
+@broken({"HYG-4": "contract_version"}, contract_version=99)
+class IsOfAnotherVersion(MemoryTransport):
+    pass
+
+
+@broken({"HYG-5": "unknown"}, options_type=Forgiving)
+class IgnoresUnknownOptions(MemoryTransport):
+    pass
+
+
+@broken({"HYG-6": "path"})
+class HasNoPath(MemoryTransport):
+    def path(self, peer: Any = None) -> str:
+        return ""
+
+
+@broken({"HYG-6": "path"})
+class TakesAnotherPath(MemoryTransport):
+    """Than its probe has said."""
+
+    def path(self, peer: Any = None) -> str:
+        return "rdma"
+
+
+@broken({"HYG-7": "max_copies|reason"})
+class DeclaresNonsense(MemoryTransport):
+    capabilities = replace(MemoryTransport.capabilities, preferred_post_bytes=-1)
+
+
+@broken({"HYG-8": "cancel", "CAN-1": "", "CAN-2": "", "CAN-3": "", "CAN-4": ""})
+class CancelsWithoutSayingSo(MemoryTransport):
+    capabilities = replace(MemoryTransport.capabilities, cancellable=False)
+
+
+@broken({"HYG-8": "flush", "VIS-3": ""})
+class FlushesWithoutSayingSo(MemoryTransport):
+    def flush(self, region: Region) -> None:
+        self._check_open()

@@ -1,0 +1,268 @@
+"""Broken in what poll, drained, release, cancel and flush say and do, and in the fences."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from broken.catalogue import broken
+from broken.pids import KnowsPids
+from tensorferry.backends.memory import MemoryTransport
+from tensorferry.backends.shm import ShmTransport
+from tensorferry.core.errors import BadCall
+from tensorferry.core.transport import Copy, Fence, PeerState, Region, Status
+
+
+@broken({"VIS-1": "DONE was said before all was to be seen"})
+class IsDoneTooEarly(MemoryTransport):
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        segments = self._batches[handle].segments
+        long = len(segments) == 2 and sum(n for *_, n in segments) == 2 << 20
+        return Status.DONE if long and status is Status.PENDING else status
+
+    def release(self, handle: int) -> None:
+        batch = self._batch(handle)
+        if len(batch.segments) == 2 and sum(n for *_, n in batch.segments) == 2 << 20:
+            del self._batches[handle]
+        else:
+            super().release(handle)
+
+
+@broken({"VIS-2": "DONE"})
+class IsDoneBeforeTheOtherProcessSeesIt(KnowsPids):
+    """Between processes, the bytes come a while after DONE."""
+
+    def _start(self, peer: Any, batch: Any, plan: Any) -> None:
+        if self._pids[peer.instance] == self._pid:
+            super()._start(peer, batch, plan)
+            return
+        timer = threading.Timer(0.5, super()._start, (peer, batch, plan))
+        timer.daemon = True
+        timer.start()
+        self._early = {*getattr(self, "_early", set()), id(batch)}
+
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        early = id(self._batches[handle]) in getattr(self, "_early", set())
+        return Status.DONE if early and status is Status.PENDING else status
+
+
+@broken({"VIS-3": "flush .*raised BadCall"})
+class FlushesOnlyWhatWasWritten(MemoryTransport):
+    capabilities = replace(MemoryTransport.capabilities, needs_flush=True)
+
+    def flush(self, region: Region) -> None:
+        self._check_open()
+        view = region.memory.view()
+        if bytes(view) == bytes(view[:1]) * len(view):  # as the suite filled it
+            raise BadCall("nothing was written to this region", transport=self.name)
+
+
+@broken({"ERR-1": "was DONE, and .*PENDING", "CAN-2": "was DONE, and after a cancel it is"})
+class ForgetsThatItWasDone(MemoryTransport):
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        self._asked = getattr(self, "_asked", {})
+        if status is Status.DONE:
+            self._asked[handle] = self._asked.get(handle, 0) + 1
+        return Status.PENDING if self._asked.get(handle) == 3 else status
+
+
+@broken({"ERR-2": "is DONE and not drained", "CAN-2": "not drained"})
+class IsDoneAndNotDrained(MemoryTransport):
+    def drained(self, handle: int) -> bool:
+        answer = super().drained(handle)
+        self._told = getattr(self, "_told", set())
+        first = handle not in self._told
+        self._told.add(handle)
+        return answer and not first
+
+    def release(self, handle: int) -> None:
+        self._told = {*getattr(self, "_told", set()), handle}
+        super().release(handle)
+
+
+@broken({"ERR-3": "was drained, and is not any more", "CAN-2": "not drained"})
+class UndoesDrained(MemoryTransport):
+    def drained(self, handle: int) -> bool:
+        answer = super().drained(handle)
+        self._times = getattr(self, "_times", {})
+        self._times[handle] = self._times.get(handle, 0) + answer
+        return answer and self._times[handle] != 3
+
+
+@broken({"ERR-4": "released"})
+class AnswersForReleasedHandles(MemoryTransport):
+    def release(self, handle: int) -> None:
+        super().release(handle)
+        self._over = {*getattr(self, "_over", set()), handle}
+
+    def poll(self, handle: int) -> Status:
+        return Status.DONE if handle in getattr(self, "_over", set()) else super().poll(handle)
+
+
+@broken({"ERR-5": "release"})
+class ReleasesWhatIsNotDrained(MemoryTransport):
+    def release(self, handle: int) -> None:
+        self._batch(handle)
+        del self._batches[handle]
+
+
+@broken({"ERR-6": "after a cancel, .* is DONE, and not all is placed", "CAN-1": "is DONE, and not all is placed"})
+class CallsCancelledDone(MemoryTransport):
+    """And with it, batches of which one copy was not made."""
+
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        return Status.DONE if status is Status.FAILED and self._batches[handle].cancelled else status
+
+
+@broken({"ERR-7": "landed", "FEN-4": "landed"})
+class FailsAndWrites(MemoryTransport):
+    """A cancelled post is FAILED at once, and its bytes land all the same."""
+
+    def cancel(self, handle: int) -> None:
+        self._batch(handle)
+        self._ended = {*getattr(self, "_ended", set()), handle} if not super().drained(handle) else self._cut()
+
+    def _cut(self) -> set[int]:
+        return getattr(self, "_ended", set())
+
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        return Status.FAILED if handle in self._cut() else status
+
+    def drained(self, handle: int) -> bool:
+        return super().drained(handle) or handle in self._cut()
+
+
+# ---- fences --------------------------------------------------------------------------------------------------
+
+
+@broken({"FEN-1": "landed"})
+class RetiresWithoutWaiting(MemoryTransport):
+    """Declares that retire is a fence. It is none."""
+
+    capabilities = replace(MemoryTransport.capabilities, fences=MemoryTransport.capabilities.fences | {Fence.RETIRE})
+
+
+@broken({"FEN-2": "UNKNOWN when its writer closed is not drained"})
+class NeverDrainsTheUnknown(MemoryTransport):
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        self._lost = getattr(self, "_lost", set())
+        if status is Status.UNKNOWN:
+            self._lost.add(handle)
+        return Status.UNKNOWN if handle in self._lost else status
+
+    def drained(self, handle: int) -> bool:
+        return self.poll(handle) is not Status.UNKNOWN and super().drained(handle)
+
+
+@broken({"FEN-4": "landed"})
+class SaysDrainedAtOnce(MemoryTransport):
+    def drained(self, handle: int) -> bool:
+        super().drained(handle)
+        return True
+
+
+@broken({"FEN-5": "says GONE of a peer that is open"})
+class TakesSilenceForDeath(MemoryTransport):
+    """GONE is whom nothing was posted to for a while."""
+
+    def connect(self, descriptor: bytes) -> Any:
+        peer = super().connect(descriptor)
+        self._heard = {**getattr(self, "_heard", {}), peer.instance: time.monotonic()}
+        return peer
+
+    def peer_state(self, peer: Any) -> PeerState:
+        state = super().peer_state(peer)
+        return PeerState.GONE if time.monotonic() - self._heard[peer.instance] > 0.25 else state
+
+
+@broken({"FEN-7": "GONE"})
+class RaisesTheDead(ShmTransport):
+    def peer_state(self, peer: Any) -> PeerState:
+        state = super().peer_state(peer)
+        self._gone = getattr(self, "_gone", 0) + (state is PeerState.GONE)
+        return PeerState.UNKNOWN if state is PeerState.GONE and self._gone % 4 == 0 else state
+
+
+# ---- cancel --------------------------------------------------------------------------------------------------
+
+
+@broken({"CAN-1": "still|did not end|PENDING"})
+class NeverEndsTheCancelled(MemoryTransport):
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        return Status.PENDING if self._batches[handle].cancelled and status is Status.FAILED else status
+
+
+@broken({"CAN-2": "DONE"})
+class CancelsTheEnded(MemoryTransport):
+    def cancel(self, handle: int) -> None:
+        super().cancel(handle)
+        self._batches[handle].status = Status.FAILED
+
+
+@broken({"CAN-3": "was not refused"})
+class CancelsAnything(MemoryTransport):
+    def cancel(self, handle: int) -> None:
+        if handle in self._batches:
+            super().cancel(handle)
+
+
+@broken({"CAN-4": "others|another|DONE|FAILED"})
+class CancelsAll(MemoryTransport):
+    def cancel(self, handle: int) -> None:
+        super().cancel(handle)
+        for batch in self._batches.values():
+            batch.cancelled = True
+
+
+# ---- threads and waking --------------------------------------------------------------------------------------
+
+
+@broken({"THR-1": "thread"})
+class LosesTrackOfThreads(MemoryTransport):
+    """Declares that it may be called from several threads, and gives two of them the same handle."""
+
+    capabilities = replace(MemoryTransport.capabilities, thread_safe=True)
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self._next = 0
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        number = self._next
+        real = super().post(peer, copies)
+        time.sleep(0.0005)
+        self._next = number + 1
+        self._batches[-self._next] = self._batches.pop(real)
+        return -self._next
+
+
+@broken({"WAK-1": "nobody was woken", "WAK-2": "nobody was woken"})
+class NeverWakes(MemoryTransport):
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        self._check_open()
+
+
+@broken({"WAK-1": "nobody was woken", "WAK-2": "nobody was woken"})
+class LosesWakes(MemoryTransport):
+    """Of those that come close together it passes on the first."""
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        last = [0.0]
+
+        def some() -> None:
+            now = time.monotonic()
+            if now - last[0] > 0.3:
+                last[0] = now
+                wake()
+
+        super().on_progress(some)
