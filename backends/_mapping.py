@@ -27,6 +27,9 @@ _libc.madvise.restype = ctypes.c_int
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
 
 # Values of Linux, equal on every architecture that it runs on. The mmap module names them only from Python
 # 3.13 on.
@@ -121,6 +124,14 @@ class Mapping:
         if _libc.madvise(self.address + start, length, advice) == 0:
             return 0
         return ctypes.get_errno()
+
+    def seal(self) -> None:
+        """Give the pages back and keep the addresses, for as long as this object lives: whoever reads or writes there
+        finds nothing, and never what somebody else has put there since. Raises OSError."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+        if _libc.mmap(self.address, self.nbytes, _PROT_NONE, flags, -1, 0) == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot seal {self.nbytes} bytes: {os.strerror(code)}")
 
     def populate(self, start: int = 0, nbytes: int | None = None) -> None:
         """Bring the pages in now, so that no copy pays for it later. Raises OSError where there is no memory."""

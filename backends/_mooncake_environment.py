@@ -12,8 +12,8 @@ import logging
 import os
 import re
 from importlib import metadata
-from pathlib import Path
 
+from tensorferry.backends._rdma import rdma_ports
 from tensorferry.core.transport import EngineVariable
 
 log = logging.getLogger("tensorferry.backends.mooncake")
@@ -223,20 +223,6 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def rdma_ports() -> dict[str, bool]:
-    """The RDMA devices that the kernel shows, and whether a port of each is active."""
-    devices: dict[str, bool] = {}
-    for device in sorted(Path("/sys/class/infiniband").glob("*")):
-        states = []
-        for state in device.glob("ports/*/state"):
-            try:
-                states.append(state.read_text(encoding="ascii"))
-            except OSError:  # the port has just gone
-                continue
-        devices[device.name] = any("ACTIVE" in state for state in states)
-    return devices
 
 
 def why_not_rdma(device: str = "") -> tuple[str, str]:
