@@ -108,8 +108,9 @@ class ReceiverHost(Host):
         match effect:
             case fx.Send(route, message):
                 world.sea.send(self, route, message)
-            case fx.Connect(route, _):
+            case fx.Connect(route, hello):
                 self.event("connected", route, None)
+                world.met(self, hello.src)
             case fx.Gather(xfer, _, items):
                 job = (xfer, items, self.destination.get(xfer, 0))
                 if world.rng.random() < world.profile.slow_gather:
@@ -221,6 +222,7 @@ class SenderHost(Host):
                 world.sea.send(self, route, message)
             case fx.Connect(_, hello):
                 self.event("connected", hello.src, None, "simulated")
+                world.met(self, hello.src)
             case fx.PostWrite():
                 if world.rng.random() < 0.4:  # at once, without asking whether it is still wanted: both are right
                     self.launch(effect)

@@ -79,6 +79,7 @@ class World:
         self.totals: dict[int, int] = {}  # content -> tokens
         self.contents: dict[int, set[int]] = {}  # room -> contents that were ever offered under it
         self.doubtful = False
+        self.dead: set[tuple[int, int]] = set()  # (who knows, incarnation): proved gone
         shape = self.shape
         self.hosts: list[Any] = [None] * (shape.receivers + shape.senders)
         self.wants = {
@@ -254,7 +255,7 @@ class World:
         that came back is to do: the framework, or a second deadline, tells the rank."""
         host = self.hosts[want.rank]
         t = host.machine.transfers.get(want.xfer)
-        if want.end == "w" or (t is not None and t.error is not None and self.shape.ranks > 1):
+        if want.end == "w" or (t is not None and t.live and t.told and self.shape.ranks > 1):
             self.call(host, "resolve", want.xfer, False)
 
     def _force_ends(self, number: int) -> None:
@@ -524,11 +525,21 @@ class World:
         """F4: the kernel's word, or a connection's, that a process is gone."""
         host = self.hosts[other]
         self.sea.bury(dead, other)
-        if isinstance(host, ReceiverHost):
+        self.dead.add((other, dead.inc))
+        if host is not None:
             self.say(f"{dead.name} {dead.inc} is proved gone to {host.name}")
-            host.event("peer_gone", dead.inc)
-        elif isinstance(host, SenderHost):
-            host.lose(dead.inc, gone=True)
+            self._tell_gone(host, dead.inc)
+
+    def _tell_gone(self, host: Host, inc: int) -> None:
+        if isinstance(host, ReceiverHost) and host.alive:
+            host.event("peer_gone", inc)
+        elif isinstance(host, SenderHost) and host.alive:
+            host.lose(inc, gone=True)
+
+    def met(self, host: Host, inc: int) -> None:
+        """A late Hello of a process that is gone: who meets it finds that out at once."""
+        if (host.number, inc) in self.dead:
+            self.after(0.05, self._tell_gone, host, inc)
 
     def cancel(self) -> None:
         waiting = [w for w in self.wants.values() if w.end == "w" and self.hosts[w.rank] is not None]
