@@ -119,7 +119,8 @@ def main() -> int:
     global OUT
     OUT = reserve_stdout()
     peer = Peer(msgspec.json.decode(sys.argv[1], type=Spec))
-    while line := sys.stdin.buffer.raw.readline():  # type: ignore[attr-defined]  # unbuffered, for select
+    lines = os.fdopen(os.dup(0), "rb", buffering=0)  # unbuffered, so that select sees what is not read
+    while line := lines.readline():
         verb, arguments = json.loads(line)
         try:
             answer: dict[str, object] = {"value": getattr(peer, verb)(**arguments)}

@@ -15,7 +15,7 @@ from tensorferry.conformance.patterns import GUARD, SEAL, difference, pattern
 from tensorferry.conformance.target import Target
 from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import Memory, host_memory
-from tensorferry.core.transport import Capabilities, Copy, Fence, Region, RemoteRegion, Status, Transport
+from tensorferry.core.transport import Capabilities, Copy, Fence, PeerState, Region, RemoteRegion, Status, Transport
 
 if TYPE_CHECKING:
     from tensorferry.conformance.processes import PeerProcess
@@ -230,6 +230,14 @@ class Stage:
     def drained(self, transport: Transport, handles: Iterable[int], within: float = PATIENCE_S) -> bool:
         """Whether all of these handles are drained in time."""
         return self.eventually(lambda: all(transport.drained(h) for h in handles), within)
+
+    def ended(self, transport: Transport, handles: Iterable[int], within: float = PATIENCE_S) -> bool:
+        """Whether all of these handles have a final status in time."""
+        return self.eventually(lambda: all(transport.poll(h) in FINAL for h in handles), within)
+
+    def gone(self, transport: Transport, peer: Any, within: float) -> bool:
+        """Whether `peer_state` says GONE in time."""
+        return self.eventually(lambda: transport.peer_state(peer) is PeerState.GONE, within)
 
     def eventually(self, condition: Callable[[], object], within: float = PATIENCE_S) -> bool:
         deadline = time.monotonic() + within

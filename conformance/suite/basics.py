@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from functools import partial
 
 from tensorferry.conformance.judge import VERBS, refusals
 from tensorferry.conformance.model import NotApplicable, check
@@ -177,11 +178,11 @@ def refuses_undeclared_kinds(stage: Stage) -> None:
     transport = stage.open()
     undeclared = [kind for kind in ("cuda", "no such kind") if kind not in transport.capabilities.memory_kinds]
     for kind in undeclared:
-        stage.refused(lambda kind=kind: transport.allocate(64, kind), Unsupported, what=f"allocate(64, {kind!r})")
+        stage.refused(partial(transport.allocate, 64, kind), Unsupported, what=f"allocate(64, {kind!r})")
         # A real address: should it be taken, nothing crashes.
         real = host_memory(4096)
         memory = Memory(real.address, 4096, kind, real)
-        stage.refused(lambda memory=memory: transport.register(memory), Unsupported, what=f"register of {kind} memory")
+        stage.refused(partial(transport.register, memory), Unsupported, what=f"register of {kind} memory")
 
 
 @check("REG-4", joined=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from tensorferry.conformance.model import check
-from tensorferry.conformance.stage import FINAL, Pair, Stage, at
+from tensorferry.conformance.stage import Pair, Stage, at
 from tensorferry.conformance.suite.trouble import Scene, Shot, ending, moved, scenes, shoot
 from tensorferry.core.errors import BadCall, FerryError
-from tensorferry.core.transport import Copy, PeerState, RemoteRegion, Status
+from tensorferry.core.transport import Copy, RemoteRegion, Status
 
 
 @check("ERR-1", seconds=90)
@@ -79,9 +80,7 @@ def unknown_handles(stage: Stage) -> None:
     for what, handle in (("was released", handles[1]), ("was never given", max(handles) + 1_000_003)):
         for verb in ("poll", "drained", "release"):
             call = getattr(pair.writer, verb)
-            stage.refused(
-                lambda call=call, handle=handle: call(handle), BadCall, what=f"{verb} of a handle that {what}"
-            )
+            stage.refused(partial(call, handle), BadCall, what=f"{verb} of a handle that {what}")
     for handle in (handles[0], handles[2]):
         stage.expect(pair.writer.poll(handle) is Status.DONE, "the release of one handle changed another")
 
@@ -196,11 +195,11 @@ def nothing_lands_after_retire(stage: Stage) -> None:
             pair.owner.retire(shot.region)
             stage.seal(shot.region)
         first = shots[0].region
-        late = stage.attempt(lambda pair=pair, first=first: pair.post(b"late", region=first), "a post after retire")
+        late = stage.attempt(partial(pair.post, b"late", region=first), "a post after retire")
         if held:
             stage.hooks.let_go(pair.writer)
         handles = [shot.handle for shot in shots] + ([] if isinstance(late, FerryError) else [late])
-        stage.eventually(lambda pair=pair, handles=handles: all(pair.writer.poll(h) in FINAL for h in handles), 60)
+        stage.ended(pair.writer, handles, 60)
         time.sleep(0.05)
         stage.sealed(*(shot.region for shot in shots), after="retire had returned")
     stage.settle()
@@ -269,7 +268,7 @@ def cancel_of_nothing(stage: Stage) -> None:
     handle = pair.post(b"x")
     pair.done(handle)  # and released
     for what, number in (("was released", handle), ("was never given", handle + 1_000_003)):
-        stage.refused(lambda n=number: pair.writer.cancel(n), BadCall, what=f"cancel of a handle that {what}")
+        stage.refused(partial(pair.writer.cancel, number), BadCall, what=f"cancel of a handle that {what}")
 
 
 @check("CAN-4")
@@ -296,12 +295,12 @@ def gone_takes_nothing(stage: Stage) -> None:
     pair = stage.pair(own=True)
     pair.done(pair.post(b"before"))
     pair.owner.close()
-    if not stage.eventually(lambda: pair.writer.peer_state(pair.peer) is PeerState.GONE, 5):
+    if not stage.gone(pair.writer, pair.peer, 5):
         from tensorferry.conformance.suite.losing import meet
 
         process, pair = meet(stage)
         process.kill()
-        gone = stage.eventually(lambda: pair.writer.peer_state(pair.peer) is PeerState.GONE, 30)
+        gone = stage.gone(pair.writer, pair.peer, 30)
         stage.expect(gone, "30 s after the end of the peer's process, peer_state does not say GONE")
     for _ in range(3):
         told = ending(stage, lambda: pair.post(b"after"), pair)
@@ -315,7 +314,7 @@ def closed_peers(stage: Stage) -> None:
     pair.owner.close()
     for n in range(4):
         data = stage.pattern(64, n)
-        told = ending(stage, lambda data=data: pair.post(data), pair)
+        told = ending(stage, partial(pair.post, data), pair)
         stage.note(f"post {n}", told)
         if told is Status.DONE and not pair.owner.capabilities.allocates_targets:
             pair.placed(data, what="after the peer's transport has closed, a post")

@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from tensorferry.conformance.model import check
@@ -90,7 +91,7 @@ def refuses_garbage(stage: Stage) -> None:
     garbage += [stage.random.randbytes(stage.random.randrange(1, 300)) for _ in range(stage.times(20, 200, 5000))]
     for data in garbage:
         what = f"connect with {len(data)} bytes that are no descriptor ({data[:12]!r}…)"
-        stage.refused(lambda data=data: transport.connect(data), ProtocolViolation, what=what)
+        stage.refused(partial(transport.connect, data), ProtocolViolation, what=what)
 
 
 @check("CON-6", seconds=60)
@@ -101,13 +102,13 @@ def survives_damage(stage: Stage) -> None:
     writer = stage.open()
     for cut in {0, 1, len(good) // 2, len(good) - 1, *(stage.random.randrange(len(good)) for _ in range(10))}:
         what = f"connect with the first {cut} of a descriptor's {len(good)} bytes"
-        stage.refused(lambda cut=cut: writer.connect(good[:cut]), *TYPED, what=what)
+        stage.refused(partial(writer.connect, good[:cut]), *TYPED, what=what)
     for _ in range(stage.times(50, 300, 5000)):
         damaged = bytearray(good)
         place = stage.random.randrange(len(good))
         damaged[place] ^= 1 << stage.random.randrange(8)
         what = f"connect with byte {place} of a descriptor changed to {damaged[place]:#04x}"
-        answer = stage.attempt(lambda damaged=damaged: writer.connect(bytes(damaged)), what)
+        answer = stage.attempt(partial(writer.connect, bytes(damaged)), what)
         if isinstance(answer, FerryError):
             stage.expect(isinstance(answer, TYPED), f"{what} raised {answer!r}; expected one of connect's errors")
         else:
@@ -155,7 +156,7 @@ def loads_no_pickle(stage: Stage) -> None:
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
             sprung = Path(folder, str(protocol))
             data = pickle.dumps(_Trap(sprung), protocol)
-            stage.attempt(lambda data=data: transport.connect(data), "connect with a pickle")
+            stage.attempt(partial(transport.connect, data), "connect with a pickle")
             stage.expect(
                 not sprung.exists(), f"connect loaded a pickle (protocol {protocol}): it ran what the pickle says"
             )
@@ -180,8 +181,8 @@ def knows_its_own_peers(stage: Stage) -> None:
     source = stage.source(other, b"x")
     copies = [Copy(source, 0, at(pair.region), 0, 1)]
     for name, peer in (("another instance's peer", pair.peer), ("None", None), ("a str", "peer")):
-        stage.refused(lambda peer=peer: other.post(peer, copies), BadCall, what=f"post to {name}")
-        stage.refused(lambda peer=peer: other.peer_state(peer), BadCall, what=f"peer_state of {name}")
+        stage.refused(partial(other.post, peer, copies), BadCall, what=f"post to {name}")
+        stage.refused(partial(other.peer_state, peer), BadCall, what=f"peer_state of {name}")
 
 
 @check("CON-11")

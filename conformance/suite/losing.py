@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from functools import partial
 from typing import Any
 
 from tensorferry.conformance.model import NotApplicable, check
@@ -85,7 +86,7 @@ def _ended(stage: Stage) -> tuple[Transport, Any]:
 @check("FEN-3", seconds=60)
 def the_dead_are_gone(stage: Stage) -> None:
     writer, peer = _ended(stage)
-    gone = stage.eventually(lambda: writer.peer_state(peer) is PeerState.GONE, NOTICED_WITHIN_S)
+    gone = stage.gone(writer, peer, NOTICED_WITHIN_S)
     state = writer.peer_state(peer)
     stage.expect(gone, f"{NOTICED_WITHIN_S:g} s after the end of the peer, peer_state says {state!r} and not GONE")
 
@@ -100,7 +101,7 @@ def the_dead_are_noticed(stage: Stage) -> None:
 @check("FEN-7", seconds=60)
 def the_gone_stay_gone(stage: Stage) -> None:
     writer, peer = _ended(stage)
-    if not stage.eventually(lambda: writer.peer_state(peer) is PeerState.GONE, NOTICED_WITHIN_S):
+    if not stage.gone(writer, peer, NOTICED_WITHIN_S):
         stage.unknown("peer_state never said GONE (FEN-3)")
     until = time.monotonic() + stage.times(0, 1, 5) + 0.2
     while time.monotonic() < until:
@@ -150,7 +151,7 @@ def nothing_lands_after_gone(stage: Stage) -> None:
         process.hear("stream")
         time.sleep(0.1 + stage.random.random() * 0.1)
         process.popen.kill()
-        if not stage.eventually(lambda owner=owner, peer=peer: owner.peer_state(peer) is PeerState.GONE, 30):
+        if not stage.gone(owner, peer, 30):
             stage.unknown("peer_state never said GONE (FEN-3)")
         stage.seal(region)
         time.sleep(0.05)
@@ -166,9 +167,7 @@ def posts_to_the_dead(stage: Stage) -> None:
     before = [_posted(pair, source, 0, 8 << 20) for _ in range(6)]
     process.kill()
     notices = pair.writer.capabilities.notices_dead_peer
-    gone = stage.eventually(
-        lambda: pair.writer.peer_state(pair.peer) is PeerState.GONE, NOTICED_WITHIN_S if notices else 1
-    )
+    gone = stage.gone(pair.writer, pair.peer, NOTICED_WITHIN_S if notices else 1)
     for n in range(3):
         told = ending(stage, lambda: _posted(pair, source, 0, 4096), pair, ENDS_WITHIN_S)
         stage.note(f"post {n} after the death", told)
@@ -190,7 +189,7 @@ def the_others_go_on(stage: Stage) -> None:
     flying = []
     for pair in (to_dead, to_stopped):
         for _ in range(4):
-            answer = stage.attempt(lambda pair=pair: _posted(pair, source, 0, 1 << 20), "post")
+            answer = stage.attempt(partial(_posted, pair, source, 0, 1 << 20), "post")
             flying += [] if isinstance(answer, FerryError) else [(pair, answer)]
     for n in range(stage.times(3, 10, 100)):
         name = f"{stage.seed}:{n}"
@@ -222,8 +221,8 @@ def nothing_waits_for_the_stopped(stage: Stage) -> None:
     while time.monotonic() <= until:
         for handle in handles:
             if not isinstance(handle, FerryError):
-                soon("poll", lambda handle=handle: pair.writer.poll(handle))
-                soon("drained", lambda handle=handle: pair.writer.drained(handle))
+                soon("poll", partial(pair.writer.poll, handle))
+                soon("drained", partial(pair.writer.drained, handle))
         soon("peer_state", lambda: pair.writer.peer_state(pair.peer))
         time.sleep(0.05)
     soon("connect", lambda: pair.writer.connect(descriptor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from tensorferry.conformance.model import check
 from tensorferry.conformance.patterns import GUARD, difference
@@ -143,7 +144,7 @@ def reaches_both_ends(stage: Stage) -> None:
     for size in (1, 64, 100, 4096, 4097, 65_536, (1 << 20) + 1):
         pair = stage.pair(size)
         for name, offset in (("first", 0), ("last", size - 1)):
-            answer = stage.attempt(lambda pair=pair, offset=offset: pair.post(b"\1", offset), "post")
+            answer = stage.attempt(partial(pair.post, b"\1", offset), "post")
             what = f"the {name} byte of a region of {size} bytes"
             if isinstance(answer, FerryError):
                 stage.fail(f"a copy to {what} was refused: {answer}")
@@ -294,7 +295,7 @@ def moves_nothing_for_no_bytes(stage: Stage) -> None:
     source = pair.source(stage.pattern(64))
     for offset in (0, 100, 4096):
         copies = [Copy(source, 0, at(pair.region), offset, 0)]
-        answer = stage.attempt(lambda copies=copies: pair.writer.post(pair.peer, copies), "a copy of no bytes")
+        answer = stage.attempt(partial(pair.writer.post, pair.peer, copies), "a copy of no bytes")
         if isinstance(answer, FerryError):
             right = isinstance(answer, OutOfBounds | BadCall)
             stage.expect(right, f"a copy of no bytes raised {answer!r}; expected OutOfBounds or BadCall")
