@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tensorferry._version import __version__
-from tensorferry.commands import config, conformance, demo, receive, send, transports
+from tensorferry.commands import config, conformance, demo, doctor, receive, send, transports
 from tensorferry.commands.flags import common
 from tensorferry.commands.output import Exit, Output, exit_for
 from tensorferry.core.errors import Cancelled, FerryError, InternalError
 
-COMMANDS = (demo, send, receive, transports, conformance, config)
+COMMANDS = (demo, send, receive, transports, doctor, conformance, config)
 
 _EPILOG = """\
 examples:
