@@ -14,6 +14,7 @@ MODULES: tuple[str, ...] = (
     "waking",
     "losing",
     "hygiene",
+    "ferrying",
 )
 
 

@@ -308,7 +308,7 @@ def holds_sources_as_long_as_needed(stage: Stage) -> None:
     alive = weakref.ref(owner)
     source = Memory(backing.address, 1 << 20, "cpu", owner)
     handle = pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, 1 << 20)])
-    del owner
+    del owner, source
     gc.collect()
     held = alive() is not None
     drained = pair.writer.drained(handle)
