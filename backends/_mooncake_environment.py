@@ -13,7 +13,7 @@ import os
 import re
 from importlib import metadata
 
-from tensorferry.backends._rdma import rdma_ports
+from tensorferry.backends._rdma import rdma_ports as rdma_ports
 from tensorferry.core.transport import EngineVariable
 
 log = logging.getLogger("tensorferry.backends.mooncake")

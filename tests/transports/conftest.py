@@ -11,6 +11,7 @@ import pytest
 
 from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
+from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.core.transport import Status, Transport
 
 # Test modules are imported by path (--import-mode=importlib), which puts no folder on sys.path for their helpers.
@@ -21,6 +22,10 @@ from transport_ends import OPENERS, REGION_BYTES, Brake, Pair, Process, ended, n
 
 def _submit(engine: Engine, brake: Brake, session: str, source: int, target: int, nbytes: int) -> int:
     return brake.submit(engine, session, source, target, nbytes)
+
+
+def _request(agent: Agent, brake: Brake, request: Request) -> bool:
+    return brake.request(agent, request)
 
 
 @pytest.fixture(params=sorted(OPENERS))
@@ -65,6 +70,7 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Brake]]:
         monkeypatch.setattr(_copier, "memmove", brakes[-1].memmove)
         monkeypatch.setattr(_tcp_link, "transmit", brakes[-1].transmit)
         monkeypatch.setattr(Engine, "submit", partialmethod(_submit, brakes[-1]))
+        monkeypatch.setattr(Agent, "submit", partialmethod(_request, brakes[-1]))
         return brakes[-1]
 
     yield put_on

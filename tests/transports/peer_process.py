@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.backends.tcp import TcpOptions, TcpTransport
 from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
@@ -123,6 +124,8 @@ def opened(kind: str = "shm", environment: dict[str, str] | None = None, **optio
     os.environ.update(environment or {})
     if kind == "mooncake":
         return MooncakeTransport(MooncakeOptions(host="127.0.0.1", **options))
+    if kind == "nixl":
+        return NixlTransport(NixlOptions(**options))
     if kind == "tcp":
         return TcpTransport(TcpOptions(**options))
     return ShmTransport(ShmOptions(**options))

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
+from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.backends.tcp import TcpOptions, TcpTransport
 from tensorferry.core.memory import Memory
@@ -92,6 +95,7 @@ REGION_BYTES = 4096
 OPENERS: dict[str, Callable[[], Transport]] = {
     "memory": lambda: MemoryTransport(MemoryOptions()),
     "mooncake": lambda: MooncakeTransport(MooncakeOptions(host="127.0.0.1")),
+    "nixl": lambda: NixlTransport(NixlOptions()),
     "shm": lambda: ShmTransport(ShmOptions()),
     # One connection: tests hold one post back and expect the next one to wait behind it.
     "tcp": lambda: TcpTransport(TcpOptions(connections=1)),
@@ -100,15 +104,16 @@ OPENERS: dict[str, Callable[[], Transport]] = {
 
 def need(kind: str) -> None:
     """Skip the test where this kind of transport cannot be had. CI has to have it."""
-    if kind == "mooncake" and not (probe := MooncakeTransport.probe()).usable:
-        pytest.skip(f"needs mooncake: {probe.reason}")
+    engines: dict[str, type[Transport]] = {"mooncake": MooncakeTransport, "nixl": NixlTransport}
+    if kind in engines and not (probe := engines[kind].probe()).usable:
+        pytest.skip(f"needs {kind}: {probe.reason}")
 
 
 def told_to_stop(transport: Transport) -> bool:
     """`close` has reached the thread that moves bytes."""
     if isinstance(transport, TcpTransport):
         return all(link.winding for link in transport._links)
-    mover = getattr(transport, "_copier", None) or getattr(transport, "_poster", None)
+    mover = next(filter(None, (getattr(transport, name, None) for name in ("_copier", "_poster", "_crew"))), None)
     return bool(getattr(mover, "_stopping", False))
 
 
@@ -119,6 +124,8 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *transports: Transpo
     for transport in transports:
         if isinstance(transport, MooncakeTransport):
             monkeypatch.setattr(transport, "_submit_bytes", nbytes)
+        if isinstance(transport, NixlTransport):
+            monkeypatch.setattr(transport, "_options", msgspec.structs.replace(transport._options, submit_bytes=nbytes))
 
 
 @dataclass
@@ -144,6 +151,13 @@ class Brake:
         self.chunks += 1
         return ORIGINAL_SUBMIT(engine, session, source, target, nbytes)
 
+    def request(self, agent: Agent, request: Request) -> bool:
+        if not self.off:
+            self.waiting.release()
+            assert self.go.acquire(timeout=PATIENCE_S)
+        self.chunks += 1
+        return ORIGINAL_REQUEST(agent, request)
+
     def transmit(self, connection: socket.socket, buffers: Sequence[memoryview]) -> int:
         if not self.off:
             self.waiting.release()
@@ -164,6 +178,7 @@ class Brake:
 
 ORIGINAL = _copier.memmove
 ORIGINAL_SUBMIT = Engine.submit
+ORIGINAL_REQUEST = Agent.submit
 ORIGINAL_TRANSMIT = _tcp_link.transmit
 
 

@@ -1,0 +1,251 @@
+"""The NIXL engine behind the few calls of it that are safe.
+
+The binding module is loaded by itself: the wheel's Python layer imports numpy (and `import nixl`, on a machine without
+CUDA, torch), logs to standard output, and makes a progress thread that spins. Not used, and why: notifications are sent
+by the initiator's next look at a finished request and get lost with it; a request is never released while it is under
+way, because that ends nothing: the bytes land all the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import secrets
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from tensorferry.backends import _nixl_environment as environment
+from tensorferry.backends._mapping import Mapping
+from tensorferry.backends._nixl_backends import check_backend, explain_backend
+from tensorferry.backends._nixl_environment import RDMA, TCP
+from tensorferry.backends._nixl_sockets import listening_ports
+from tensorferry.backends._rdma import rdma_ports
+from tensorferry.core.errors import TransportError
+from tensorferry.core.memory import Memory
+
+log = logging.getLogger("tensorferry.backends.nixl")
+
+PROGRESS_US = 100_000
+"""How long the engine's progress thread sleeps when nothing comes in; what comes in wakes it. At 0, the wheel's own
+choice, it takes a core when idle; at 100 ms 0.04 % of one (three seconds of `time.process_time`)."""
+
+DOORSTEP_BYTES = 4096
+
+Piece = tuple[int, int, int]
+"""(source address, target address, bytes)"""
+
+_loading = threading.Lock()
+_keep: list[ctypes.CDLL] = []
+
+
+def load() -> Any:
+    """The engine's binding module. Raises Unfit with what is missing."""
+    name = environment.module_name()
+    environment.prepare()
+    full = f"{name}._bindings"
+    with _loading:
+        if full in sys.modules:
+            return sys.modules[full]
+        if os.environ.get("UCX_MODULES") != "^ib":
+            _settle_libraries(name)
+        file = environment.binding_file(name)
+        spec = importlib.util.spec_from_file_location(full, file)
+        assert spec is not None
+        assert spec.loader is not None
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise environment.explain_library(str(error), "the NIXL engine") from error
+        sys.modules[full] = module
+        return module
+
+
+def _settle_libraries(name: str) -> None:
+    """Load the wheel's netlink libraries and the system's, each by itself, before anything else does.
+
+    UCX's InfiniBand module loads its own copy, and then a driver library of the system loads the system's, whose
+    symbols the loader binds to the wheel's: at exit one copy's destructor takes off the other's list what was never on
+    it, and the process dies (SIGSEGV in `rtnl_tc_unregister`). A library that is loaded alone binds to itself.
+
+    The wheel's libibverbs finds drivers for Mellanox devices and for no others. Where there are others the system's is
+    made the one that is found first.
+    """
+    for pattern in ("libnl-3-*.so*", "libnl-route-3-*.so*"):
+        for file in environment.bundled(name, pattern):
+            _preload(str(file), ctypes.RTLD_LOCAL)
+    _preload("libnl-route-3.so.200", ctypes.RTLD_LOCAL)
+    others = [device for device in rdma_ports() if not device.startswith("mlx")]
+    _preload("libibverbs.so.1", ctypes.RTLD_GLOBAL if others else ctypes.RTLD_LOCAL)
+
+
+def _preload(file: str, mode: int) -> None:
+    try:
+        _keep.append(ctypes.CDLL(file, mode=mode))
+    except OSError as error:  # then nothing else will load it either
+        log.debug("not there: %s", error)
+
+
+class Agent:
+    """One agent of this process. Any thread may call `start`, `look`, `learn` and `forget`; `close` comes last."""
+
+    def __init__(self, backend: str, require: str, workers: int) -> None:
+        """Raises Unfit where the engine does not start. `require`: give UCX nothing else ("rdma", "tcp"), or ""."""
+        self._nixl = nixl = load()
+        self.name = f"tensorferry-{secrets.token_hex(16)}"
+        config = nixl.nixlAgentConfig()
+        config.useProgThread = True
+        config.useListenThread = False
+        config.captureTelemetry = False
+        config.pthrDelay = PROGRESS_US
+        # Posts of several threads side by side; NONE, the wheel's own choice, is for one thread alone.
+        config.syncMode = nixl.NIXL_THREAD_SYNC_RW
+        self._agent: Any = nixl.nixlAgent(self.name, config)
+        check_backend(backend, self._agent.getAvailPlugins())
+        before = listening_ports()
+        parameters = {"num_workers": str(workers)} if backend == "UCX" else {}
+        if backend == "UCX" and require in (RDMA, TCP):
+            parameters["engine_config"] = "TLS=ib" if require == RDMA else "TLS=tcp"
+        try:
+            self._backend = self._agent.createBackend(backend, parameters)
+        except Exception as error:
+            raise explain_backend(backend, require, error) from error
+        self.ports = sorted(listening_ports() - before)
+        self._memory: dict[int, tuple[Memory, Any]] = {}
+        self._door = Mapping(DOORSTEP_BYTES)
+        self.doorstep = self._door.address
+        self.register(Memory(self.doorstep, DOORSTEP_BYTES, "cpu", self._door))
+        _alive.add(self)
+
+    # ---- memory ------------------------------------------------------------------------------------------
+
+    def register(self, memory: Memory) -> None:
+        """Raises TransportError. The GIL is released."""
+        entries = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(memory.address, memory.nbytes, 0, "")])
+        try:
+            self._agent.registerMem(entries, [self._backend])
+        except Exception as error:
+            raise TransportError(
+                f"the engine does not register {memory.nbytes} bytes: {error}",
+                hint="Over RDMA, pinned memory counts against `ulimit -l`",
+                transport="nixl",
+            ) from error
+        self._memory[memory.address] = (memory, entries)
+
+    def unregister(self, memory: Memory) -> None:
+        """Only what nobody writes to any more: over TCP the engine does not check, and a late write ends the process
+        when the pages are gone."""
+        kept = self._memory.pop(memory.address, None)
+        if kept is not None:
+            try:
+                self._agent.deregisterMem(kept[1], [self._backend])
+            except Exception:
+                log.exception("unregistering %s failed", memory)
+
+    def metadata(self) -> bytes:
+        """What another agent needs to write to our registered memory."""
+        return bytes(self._agent.getLocalMD())
+
+    # ---- peers -------------------------------------------------------------------------------------------
+
+    def learn(self, name: str, metadata: bytes) -> None:
+        """Take in a peer's metadata, again when it has new regions. Raises TransportError."""
+        if name == self.name:
+            return
+        try:
+            found = self._agent.loadRemoteMD(metadata)
+        except Exception as error:
+            raise TransportError(f"the engine does not take the peer's metadata: {error}", transport="nixl") from error
+        found = found.decode(errors="replace") if isinstance(found, bytes) else found
+        if found != name:
+            self.forget(found)
+            raise TransportError(f"the peer's metadata is that of {found!r}, not of {name!r}", transport="nixl")
+
+    def forget(self, name: str) -> None:
+        """Drop a peer and the connection to it. What is under way to it cannot be looked at any more."""
+        if name == self.name:
+            return
+        try:
+            self._agent.invalidateRemoteMD(name)
+        except Exception as error:  # noqa: BLE001 - the engine has dropped it itself
+            log.debug("forgetting %s: %s", name, error)
+
+    # ---- writing -----------------------------------------------------------------------------------------
+
+    def prepare(self, name: str, pieces: Sequence[Piece]) -> Request:
+        """A request that is not under way yet. Raises what the engine raises where it knows no such memory."""
+        nixl = self._nixl
+        local = nixl.nixlXferDList(nixl.DRAM_SEG, [(source, nbytes, 0) for source, _, nbytes in pieces])
+        remote = nixl.nixlXferDList(nixl.DRAM_SEG, [(target, nbytes, 0) for _, target, nbytes in pieces])
+        return Request(self, self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, name, "", [self._backend]))
+
+    def submit(self, request: Request) -> bool:
+        """Start it. True: it is done and every byte is placed, which a copy between processes is when this returns.
+        Raises what the engine raises: then some of it may have been placed."""
+        return self._over(self._agent.postXferReq(request.number))
+
+    def knock(self, request: Request) -> bool:
+        """The same, with a byte for a peer's doorstep."""
+        return self._over(self._agent.postXferReq(request.number))
+
+    def look(self, request: Request) -> bool:
+        """Is it done? Raises what the engine raises: it has ended, and some of it may have been placed."""
+        return self._over(self._agent.getXferStatus(request.number))
+
+    def _over(self, status: Any) -> bool:
+        return bool(status == self._nixl.NIXL_SUCCESS)
+
+    def release(self, request: Request) -> None:
+        """Only what is over."""
+        try:
+            self._agent.releaseXferReq(request.number)
+        except Exception as error:  # noqa: BLE001 - nothing depends on it but the engine's memory
+            log.debug("releasing a request: %s", error)
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Destroy the agent: its thread ends, its connections too, whatever is under way (13 ms with 64 MiB on the way
+        to a process that is stopped). After it nothing is read and nothing placed. Idempotent."""
+        if self._agent is not None:
+            _alive.discard(self)
+            self._agent = None
+            self._memory.clear()
+
+    def abandon(self) -> None:
+        """Instead of `close` where a thread does not come back from the engine: it and its memory stay until the
+        process ends."""
+        _pin(self._agent)
+        _abandoned.append(self)
+
+
+class Request:
+    """A request of the engine's."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, agent: Agent, number: int) -> None:
+        self.number = number
+
+
+_alive: weakref.WeakSet[Agent] = weakref.WeakSet()
+_abandoned: list[Agent] = []
+
+
+def _pin(agent: Any) -> None:
+    """Its destructor is never run, not at the end of the interpreter either."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
+
+
+def _pin_all() -> None:
+    """In a forked child the engine's threads do not exist, and its destructor would wait for them for ever."""
+    for agent in _alive:
+        _pin(agent._agent)
+
+
+os.register_at_fork(after_in_child=_pin_all)

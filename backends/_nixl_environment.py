@@ -1,0 +1,232 @@
+"""The NIXL engine's environment: what we set before it is loaded, whether it is there, and what it may use.
+
+UCX, the engine under it, takes its settings from variables of the process when a context is made. What we set is in
+`SETS`, each with its reason; a value that is there already is the user's and wins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from tensorferry.backends._rdma import rdma_ports
+from tensorferry.core.transport import EngineVariable
+
+INSTALL = "pip install 'tensorferry[nixl]'"
+
+MODULES = ("nixl_cu13", "nixl_cu12", "nixl_rocm")
+"""The wheels that hold the engine, in the order in which `import nixl` tries them where no CUDA decides."""
+
+MODULES_VARIABLE = "UCX_MODULES"
+
+SETS = (
+    EngineVariable(
+        MODULES_VARIABLE,
+        "^ib",
+        "only on a host without an RDMA device: the InfiniBand modules could do nothing there, and the libraries that "
+        "they bring crash the process at its exit",
+    ),
+    EngineVariable(
+        "UCX_LOG_FILE", "stderr", "UCX writes to standard output otherwise, into whatever the program prints there"
+    ),
+    EngineVariable("UCX_LOG_LEVEL", "fatal", "a peer that ends is told to the caller, not written to the terminal"),
+    EngineVariable(
+        "NIXL_LOG_LEVEL", "FATAL", "the same: what fails is raised; `import nixl` writes to standard output otherwise"
+    ),
+)
+"""Variables that opening a nixl transport sets where the user has not."""
+
+RDMA, MEMCPY, TCP = "rdma", "memcpy", "tcp"
+
+_RDMA_NAMES = frozenset({"ib", "srd", "gga"})
+_RDMA_FAMILIES = ("rc", "ud", "dc")
+_COPY_NAMES = frozenset({"cma", "shm", "sm"})
+"""Names in UCX_TLS. posix, sysv and xpmem are not used by NIXL: they cannot tell a peer's end."""
+
+PACKAGES = {
+    "libfabric.so.1": "libfabric1",
+    "libhwloc.so.15": "libhwloc15",
+    "libnuma.so.1": "libnuma1",
+    "libibverbs.so.1": "libibverbs1",
+    "librdmacm.so.1": "librdmacm1",
+    "libstdc++.so.6": "libstdc++6",
+    "libgcc_s.so.1": "libgcc-s1",
+    "libcuda.so.1": "the NVIDIA driver",
+    "libcudart.so.12": "the CUDA 12 runtime (pip: nvidia-cuda-runtime-cu12)",
+    "libcudart.so.13": "the CUDA 13 runtime (pip: nvidia-cuda-runtime)",
+    "libcufile.so.0": "CUDA's GPUDirect Storage",
+}
+"""What holds a library that the engine or one of its plugins may miss: a Debian package, or what it says."""
+
+
+class Unfit(Exception):
+    """The engine cannot be used here: `reason`, and `hint` what would help."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def prepare() -> None:
+    """Set what the user has not set."""
+    for variable in SETS:
+        if variable.name == MODULES_VARIABLE and rdma_ports():
+            continue
+        os.environ.setdefault(variable.name, variable.value)
+
+
+# ---- the engine's wheel --------------------------------------------------------------------------------------
+
+
+def module_name() -> str:
+    """The package of the engine to load: the one that `import nixl` would take, or has taken. Raises Unfit.
+
+    Two of them in one process would be two engines whose Python types collide.
+    """
+    for name in MODULES:
+        if f"{name}._bindings" in sys.modules:
+            return name
+    there = [name for name in MODULES if importlib.util.find_spec(name) is not None]
+    if not there:
+        raise Unfit("NIXL is not installed", INSTALL)
+    wanted = f"nixl_cu{_torch_cuda()}"
+    return wanted if wanted in there else there[0]
+
+
+def _torch_cuda() -> str:
+    """The major version of CUDA that the installed torch was built for, or "". Read from its file: no import."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        text = Path(str(spec.origin)).with_name("version.py").read_text(encoding="utf-8") if spec else ""
+    except (OSError, ValueError, ImportError):
+        return ""
+    found = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        raise Unfit(f"the installed {name} is not a package", f"Install it anew: {INSTALL}")
+    return Path(places[0])
+
+
+def binding_file(name: str) -> Path:
+    """The engine's extension module. Raises Unfit where this Python has none."""
+    folder = package_folder(name)
+    tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}-"
+    files = sorted(folder.glob("_bindings.*.so"))
+    fitting = [file for file in files if tag in file.name or ".abi3." in file.name]
+    if not fitting:
+        raise Unfit(f"the installed {name} has no module for this Python", f"Install it with this Python: {INSTALL}")
+    return fitting[0]
+
+
+def bundled(name: str, pattern: str) -> list[Path]:
+    """Libraries that the wheel brought along."""
+    return sorted(package_folder(name).with_name(f"{name}.libs").glob(pattern))
+
+
+def version(name: str) -> str:
+    try:
+        return metadata.version(name.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def explain_library(text: str, what: str) -> Unfit:
+    """Why a library could not be loaded, from the dynamic loader's own words: what is missing, and who has it."""
+    named = re.search(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object", text)
+    if named is None:
+        return Unfit(f"{what} cannot be loaded: {text}", INSTALL)
+    library = named[1]
+    holder = PACKAGES.get(library, "")
+    if not holder:
+        hint = f"Install the package that has {library}"
+    elif " " in holder:
+        hint = f"{library} is in {holder}"
+    else:
+        hint = f"Debian and Ubuntu: apt-get install {holder}"
+    return Unfit(f"{what} needs {library}, which this system lacks", hint)
+
+
+# ---- what UCX may use ----------------------------------------------------------------------------------------
+
+
+def ways(tls: str) -> frozenset[str]:
+    """Which of "rdma", "memcpy" and "tcp" a list of UCX transports (UCX_TLS) lets data take. Empty: all."""
+    everything = frozenset({RDMA, MEMCPY, TCP})
+    names = [name.strip() for name in tls.strip().lstrip("^").split(",") if name.strip()]
+    if not names or "all" in names:
+        return everything
+    found = {way for name in names if (way := _way(name))}
+    return everything - found if tls.strip().startswith("^") else frozenset(found)
+
+
+def _way(name: str) -> str:
+    plain = name.removeprefix("\\").split(":")[0]
+    if plain in _RDMA_NAMES or plain.split("_")[0] in _RDMA_FAMILIES:
+        return RDMA
+    if plain in _COPY_NAMES:
+        return MEMCPY
+    return TCP if plain == TCP else ""
+
+
+def why_not_rdma() -> tuple[str, str]:
+    """Why UCX would not use RDMA, and what helps. ("", "") where nothing that we can see stands against it."""
+    ports = rdma_ports()
+    if not ports:
+        return "there is no RDMA device", "Check `ls /sys/class/infiniband`, and that a container is given its devices"
+    if not any(ports.values()):
+        return f"no port of {', '.join(ports)} is active", "Check the link: `ibv_devinfo`, `rdma link`"
+    tls = os.environ.get("UCX_TLS", "")
+    if RDMA not in ways(tls):
+        return f"UCX_TLS={tls} leaves RDMA out", "Change or unset UCX_TLS"
+    modules = os.environ.get(MODULES_VARIABLE, "")
+    if modules.startswith("^") and "ib" in modules[1:].split(","):
+        return f"UCX_MODULES={modules} leaves RDMA out", "Unset UCX_MODULES"
+    devices = os.environ.get("UCX_NET_DEVICES", "")
+    if devices and devices != "all" and not {name.split(":")[0] for name in devices.split(",")} & set(ports):
+        return f"UCX_NET_DEVICES={devices} names no RDMA device", f"There are: {', '.join(ports)}"
+    return "", ""
+
+
+def ptrace_scope() -> str:
+    """What Yama lets processes do to each other: "0" to "3", or "none" where it is not there."""
+    try:
+        return Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii").strip()
+    except OSError:
+        return "none"
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def copy_refused(pid: int, address: int) -> str:
+    """Why this process may not copy from and to the memory of `pid` (by CMA, which UCX uses); "" where it may.
+
+    Reads the byte at `address`: the kernel asks the same of a reader as of a writer.
+    """
+    here = ctypes.create_string_buffer(1)
+    local = _Iovec(ctypes.addressof(here), 1)
+    remote = _Iovec(address, 1)
+    ctypes.set_errno(0)
+    if _libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) == 1:
+        return ""
+    return os.strerror(ctypes.get_errno())
+
+
+def said(*names: str) -> dict[str, str]:
+    """Those variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,119 @@
+"""Posts as the nixl transport's threads know them: what is to be submitted to whom, and how it went."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tensorferry.backends._nixl_engine import Piece, Request
+from tensorferry.backends._nixl_wire import Descriptor
+from tensorferry.backends._process import ProcessWatch
+from tensorferry.core.transport import Status
+
+MOST_PIECES = 256
+"""In one request: scattered ones cost 2.3 us each, all within one call."""
+
+
+@dataclass(eq=False, slots=True)
+class Target:
+    """A peer's agent."""
+
+    told: Descriptor
+    """Its newest descriptor."""
+    watch: ProcessWatch | None
+    """Its process, where it is one of this host."""
+    jobs: deque[Job] = field(default_factory=deque)
+    under_way: list[Submit] = field(default_factory=list)
+    learnt: int = -1
+    """The revision of the descriptor whose metadata the engine has."""
+    ready: bool = False
+    """It has answered, and no request has failed since."""
+    cut: bool = False
+    """Its connections were ended; what was under way is waited for, and then it is forgotten."""
+    knock: Request | None = None
+    """The byte on its doorstep, under way."""
+    asked_at: float = 0.0
+    moved_at: float = 0.0
+    """When a request to it was last begun with nothing under way, or came to its end."""
+    not_before: float = 0.0
+    unwanted: bool = False
+    """It was disconnected: forget it when nothing of it is left."""
+    at_once: bool = True
+    """Every request was over when its post returned, as copies are."""
+
+    def ended(self) -> bool:
+        """Its process has ended."""
+        return self.watch is not None and self.watch.ended()
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One post. `status` is written by a worker's thread, replaced whole, and read by any."""
+
+    target: Target
+    batches: deque[list[Piece]]
+    """What is not submitted yet, a request each."""
+    keep: Sequence[object]
+    """What has to live while the engine may read the sources."""
+    queued_at: float
+    status: Status = Status.PENDING
+    cancelled: bool = False
+    under_way: int = 0
+    dropped: bool = False
+    """Some of it was not submitted and will not be."""
+
+    @property
+    def quiet(self) -> bool:
+        """The engine neither reads its source any more nor will."""
+        return self.under_way == 0 and not self.batches
+
+    @property
+    def drained(self) -> bool:
+        """Nothing of it can land any more: all requests came to their end well, or the peer's process has ended."""
+        if self.status is Status.UNKNOWN:
+            return self.target.ended()
+        return self.status is not Status.PENDING
+
+
+@dataclass(eq=False, slots=True)
+class Submit:
+    job: Job
+    request: Request
+
+
+Segment = tuple[object, int, int, int, int]
+"""(local memory, start of the remote region, source address, target address, bytes)"""
+
+
+def cut(segments: Sequence[Segment], most: int) -> deque[list[Piece]]:
+    """Copies as requests of at most `most` bytes; what is adjacent on both sides is joined first: many small pieces
+    cost the engine ten times what one long piece does.
+
+    Nothing is joined across two registrations, however they lie: the engine looks for each piece in one of them.
+    """
+    pieces: list[Piece] = []
+    before: Segment | None = None
+    for segment in sorted(segments, key=lambda one: one[3]):
+        local, region, source, target, nbytes = segment
+        if before is not None and before[0] is local and before[1] == region:
+            start, there, length = pieces[-1]
+            if (start + length, there + length) == (source, target):
+                pieces[-1] = (start, there, length + nbytes)
+                before = segment
+                continue
+        pieces.append((source, target, nbytes))
+        before = segment
+    batches: deque[list[Piece]] = deque()
+    room = 0
+    for source, target, nbytes in pieces:
+        done = 0
+        while done < nbytes:
+            if not room or len(batches[-1]) == MOST_PIECES:
+                batches.append([])
+                room = most
+            length = min(nbytes - done, room)
+            batches[-1].append((source + done, target + done, length))
+            done += length
+            room -= length
+    return batches

@@ -1,0 +1,483 @@
+"""The threads that call the engine: each serves some of the peers, and none waits for another.
+
+A thread of its own per peer would be too many, one for all would let each hold up the rest: so a few, and a peer
+belongs to one of them for good. The engine copies within the call that posts (between processes of one host), or it
+takes the request and has to be asked how it goes. It has no time-out of its own, so the clock is here.
+
+How a post ends. DONE: every request of it ended well, which the engine says when the peer has acknowledged it or the
+copy is made. FAILED: some of it was never submitted (the peer did not answer, it was cancelled, the transport closed)
+and what was submitted ended well. UNKNOWN: a request raised, or came to no end in time. Then the connection is cut: it
+is what ends the engine's reading of the source. What the peer's kernel holds lands when the peer goes on, so only the
+end of its process drains such a post.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from tensorferry.backends._nixl_engine import Agent
+from tensorferry.backends._nixl_jobs import Job, Submit, Target
+from tensorferry.backends._nixl_sockets import cut_connections
+from tensorferry.core.transport import Status
+
+log = logging.getLogger("tensorferry.backends.nixl")
+
+POLL_S = 0.0005
+"""Between two looks at what is under way."""
+
+WATCH_S = 0.1
+"""Between two looks at peers of whom a post's outcome is not known."""
+
+COOLDOWN_S = 0.2
+"""After an attempt at contact that failed, until the next one."""
+
+GLANCE_S = 2.0
+"""How long a thread sleeps at most: it looks whether another one is stuck in the engine."""
+
+LINGER_S = 0.5
+"""How long the end waits for what is under way. What takes longer is with peers that do not answer."""
+
+STUCK_S = 10.0
+"""A call of the engine that takes longer, beyond the progress time-out, does not come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    window: int
+    contact_s: float
+    progress_s: float
+
+
+class Crew:
+    """The threads of one transport, and the agent that they share: the last one to end destroys it."""
+
+    def __init__(self, agent: Agent, limits: Limits, workers: int) -> None:
+        self.agent = agent
+        self.limits = limits
+        self.wake: Callable[[], None] | None = None
+        self._pid = os.getpid()
+        # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
+        self._lock = threading.RLock()
+        self._stopping = False
+        self._assigned = 0
+        self._places: dict[str, int] = {}
+        self._left = workers
+        self.workers = [Worker(self) for _ in range(workers)]
+        for worker in self.workers:
+            worker.thread.start()
+
+    # ---- called by the transport -------------------------------------------------------------------------
+
+    def write(self, job: Job) -> None:
+        """Queue a post. After `stop` it is FAILED at once, so that none is left behind by a race with it."""
+        with self._lock:
+            if not self._stopping:
+                self._worker(job.target).inbox.put(job)
+                return
+        self.finish(job, Status.FAILED)
+
+    def forget(self, target: Target) -> None:
+        """The peer was disconnected: what is posted goes on to its end, and then the engine may drop it."""
+        with self._lock:
+            if not self._stopping:
+                self._worker(target).inbox.put(target)
+
+    def nudge(self) -> None:
+        for worker in self.workers:
+            worker.inbox.put(None)
+
+    def stuck(self) -> bool:
+        """A thread does not come back from the engine: no call that waits for all of them may be made."""
+        limit = time.monotonic() - self.limits.progress_s - STUCK_S
+        return any(0 < worker.called_at < limit for worker in self.workers)
+
+    def stop(self) -> None:
+        """Ask the threads to end, and the agent with them."""
+        if os.getpid() != self._pid:  # a forked child drops us; the threads do not exist there
+            return
+        with self._lock:
+            self._stopping = True
+        self.nudge()
+
+    def close(self, timeout_s: float) -> bool:
+        """`stop`, and wait for it. False: a thread has not come back from the engine; what was with it is UNKNOWN."""
+        self.stop()
+        deadline = time.monotonic() + timeout_s
+        for worker in self.workers:
+            worker.thread.join(max(0.0, deadline - time.monotonic()))
+        self.wake = None
+        hung = [worker for worker in self.workers if worker.thread.is_alive()]
+        if hung:
+            self.agent.abandon()
+            for worker in hung:
+                worker.abandon()
+        return not hung
+
+    # ---- called by the threads ---------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def _worker(self, target: Target) -> Worker:
+        name = target.told.agent
+        if name not in self._places:
+            self._places[name] = self._assigned % len(self.workers)
+            self._assigned += 1
+        return self.workers[self._places[name]]
+
+    def finish(self, job: Job, status: Status) -> None:
+        job.status = status
+        if job.quiet:
+            job.keep = ()
+        self.tell()
+
+    def tell(self) -> None:
+        wake = self.wake
+        if wake is not None:
+            try:
+                wake()
+            except Exception:  # a bad call of the caller's must not end the thread that serves all rooms
+                log.exception("the function given to on_progress failed")
+
+    def leave(self) -> None:
+        """A thread ends. After the last of them the agent is destroyed."""
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self.agent.close()
+
+    def look_around(self) -> None:
+        """Give up the posts of a thread that does not come back from the engine."""
+        if self.stuck():
+            limit = time.monotonic() - self.limits.progress_s - STUCK_S
+            for worker in self.workers:
+                if 0 < worker.called_at < limit:
+                    worker.abandon()
+
+
+class Worker:
+    """One thread, and the peers that it serves."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.inbox: SimpleQueue[Job | Target | None] = SimpleQueue()
+        self.called_at = 0.0
+        """Since when it is inside the engine; 0: it is not."""
+        self._crew = crew
+        self._agent = crew.agent
+        self._limits = crew.limits
+        self._targets: list[Target] = []
+        self._turn = 0
+        self._lost: list[Job] = []
+        self.thread = threading.Thread(target=self._run, name="tensorferry-nixl-worker", daemon=True)
+
+    def abandon(self) -> None:
+        """From another thread: this one does not come back. What is with it may still land, or not."""
+        jobs = [job for target in list(self._targets) for job in [*target.jobs, *[s.job for s in target.under_way]]]
+        for job in jobs:
+            if job.status is Status.PENDING:
+                job.status = Status.UNKNOWN
+        self._crew.tell()
+
+    # ---- the thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._crew.stopping:
+                try:
+                    self._wait()
+                    self._step(time.monotonic())
+                except Exception:  # one peer's trouble must not end the thread that serves others
+                    log.exception("a nixl worker met an error of its own")
+                    time.sleep(WATCH_S)
+        finally:
+            try:
+                self._wind_up()
+            finally:
+                self._crew.leave()
+
+    def _wait(self) -> None:
+        """Until there is something to do; takes in what came."""
+        timeout = self._pause()
+        try:
+            self._take(self.inbox.get_nowait() if timeout <= 0 else self.inbox.get(timeout=timeout))
+            while True:
+                self._take(self.inbox.get_nowait())
+        except Empty:
+            return
+
+    def _take(self, what: Job | Target | None) -> None:
+        if what is None:
+            return
+        target = what if isinstance(what, Target) else what.target
+        if isinstance(what, Target):
+            target.unwanted = True
+        else:
+            target.jobs.append(what)
+        if target not in self._targets:
+            self._targets.append(target)
+
+    def _pause(self) -> float:
+        waits = [GLANCE_S]
+        now = time.monotonic()
+        for target in self._targets:
+            if target.knock is not None or (target.under_way and not target.cut):
+                return POLL_S
+            if target.under_way:
+                waits.append(WATCH_S / 10)
+            if target.jobs:
+                waits.append(target.not_before - now)
+        if any(job.target.watch is not None for job in self._lost):
+            waits.append(WATCH_S)
+        return max(0.0, min(waits))
+
+    def _step(self, now: float) -> None:
+        for target in self._targets:
+            self._poll(target, now)
+            self._prepare(target, now)
+        while self._submit_one_each():
+            pass
+        for target in [t for t in self._targets if not (t.jobs or t.under_way or t.knock)]:
+            self._targets.remove(target)
+            if target.unwanted:
+                self._forget(target)
+        self._watch_lost()
+        self._crew.look_around()
+
+    # ---- what is under way -------------------------------------------------------------------------------
+
+    def _poll(self, target: Target, now: float) -> None:
+        for submit in list(target.under_way):
+            try:
+                done = self._agent.look(submit.request)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the request is over
+                self._end(target, submit)
+                self._lose(submit.job, f"a write failed: {error}")
+                self._suspect(target)
+                continue
+            if done:
+                self._end(target, submit)
+                self._settle(submit.job)
+        if not target.under_way:
+            if target.cut:
+                self._forget(target)
+        elif not target.cut and (target.ended() or now - target.moved_at > self._limits.progress_s):
+            late = "its process has ended" if target.ended() else f"no progress for {self._limits.progress_s:g} s"
+            for submit in target.under_way:
+                self._lose(submit.job, late)
+            self._suspect(target)
+
+    def _end(self, target: Target, submit: Submit) -> None:
+        target.under_way.remove(submit)
+        target.moved_at = time.monotonic()
+        submit.job.under_way -= 1
+        self._agent.release(submit.request)
+        if submit.job.status is Status.UNKNOWN and submit.job.quiet:
+            self._crew.tell()  # its source is free
+
+    def _suspect(self, target: Target) -> None:
+        """The pair is spoilt: end its connections, and begin anew when nothing is under way on them any more."""
+        target.ready = False
+        target.cut = True
+        cut_connections(target.told.ports, self._agent.ports)
+        if not target.under_way:
+            self._forget(target)
+
+    def _forget(self, target: Target) -> None:
+        if target.knock is not None:
+            self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
+            target.knock = None
+        self._agent.forget(target.told.agent)
+        target.learnt, target.ready, target.cut = -1, False, False
+
+    def _lose(self, job: Job, why: str) -> None:
+        if job.status is Status.UNKNOWN:
+            return
+        log.warning("the outcome of a post to %s is not known: %s", job.target.told.agent, why)
+        job.batches.clear()
+        if job in job.target.jobs:
+            job.target.jobs.remove(job)
+        self._lost.append(job)
+        job.status = Status.UNKNOWN
+        self._crew.tell()
+
+    def _settle(self, job: Job) -> None:
+        """Give a job that is over its last status. A lost one has its own."""
+        if job.quiet and job.status is Status.PENDING:
+            self._crew.finish(job, Status.FAILED if job.dropped else Status.DONE)
+
+    def _watch_lost(self) -> None:
+        """Wake the owner when the death of a peer drains what was not known of."""
+        for job in self._lost:
+            if job.quiet:
+                job.keep = ()
+        for job in [job for job in self._lost if job.drained]:
+            self._lost.remove(job)
+            self._crew.tell()
+
+    # ---- first contact, and contact after a failure ------------------------------------------------------
+
+    def _prepare(self, target: Target, now: float) -> None:
+        """Cancelled jobs leave. A peer that is not known to answer gets a byte on its doorstep first: until that has
+        arrived, nothing is under way that could land later."""
+        for job in [job for job in target.jobs if job.cancelled]:
+            self._drop(job)
+        if target.knock is not None:
+            self._await_answer(target, now)
+        if not target.jobs or target.knock is not None:
+            return
+        if target.ended():
+            self._give_up(target, "its process has ended")
+        elif target.cut:  # what was under way has not ended yet
+            late = now - self._limits.contact_s
+            self._give_up(target, "its connection does not end", lambda job: job.queued_at < late)
+        elif target.ready:
+            if target.learnt != target.told.revision:
+                self._learn(target)
+        elif now >= target.not_before:
+            self._knock(target, now)
+
+    def _learn(self, target: Target) -> bool:
+        told = target.told
+        try:
+            self._agent.learn(told.agent, told.metadata)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
+            self._give_up(target, str(error))
+            self._suspect(target)
+            target.not_before = time.monotonic() + COOLDOWN_S
+            return False
+        target.learnt = told.revision
+        return True
+
+    def _knock(self, target: Target, now: float) -> None:
+        if not self._learn(target):
+            return
+        target.asked_at = now
+        try:
+            request = self._agent.prepare(target.told.agent, [(self._agent.doorstep, target.told.doorstep, 1)])
+            target.knock = request
+            if self._agent.knock(request):
+                self._answered(target)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
+            self._refused(target, f"it cannot be written to: {error}")
+
+    def _await_answer(self, target: Target, now: float) -> None:
+        assert target.knock is not None
+        try:
+            if self._agent.look(target.knock):
+                self._answered(target)
+            elif target.ended():
+                self._refused(target, "its process has ended")
+            elif now - target.asked_at > self._limits.contact_s:
+                self._refused(target, f"it did not answer within {self._limits.contact_s:g} s")
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
+            self._refused(target, f"it cannot be written to: {error}")
+
+    def _answered(self, target: Target) -> None:
+        if target.knock is not None:
+            self._agent.release(target.knock)
+            target.knock = None
+        target.ready = True
+
+    def _refused(self, target: Target, why: str) -> None:
+        # Those that came while it was asked are asked for anew: a peer may go on, or come back.
+        self._give_up(target, why, lambda job: job.queued_at <= target.asked_at or target.ended())
+        cut_connections(target.told.ports, self._agent.ports)
+        self._forget(target)
+        target.not_before = time.monotonic() + COOLDOWN_S
+
+    def _give_up(self, target: Target, why: str, which: Callable[[Job], bool] = lambda job: True) -> None:
+        jobs = [job for job in target.jobs if which(job)]
+        if jobs:
+            log.warning("%d posts to %s fail: %s", len(jobs), target.told.agent, why)
+        for job in jobs:
+            self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        """Submit no more of a job."""
+        job.target.jobs.remove(job)
+        job.batches.clear()
+        job.dropped = True
+        self._settle(job)
+
+    # ---- submitting --------------------------------------------------------------------------------------
+
+    def _submit_one_each(self) -> bool:
+        """One request for each peer that has room. False: none had any."""
+        some = False
+        count = len(self._targets)
+        for n in range(count):
+            target = self._targets[(self._turn + n) % count]
+            if target.ready and target.jobs and len(target.under_way) < self._limits.window:
+                if self._crew.stopping:
+                    return False
+                if target.learnt != target.told.revision and not self._learn(target):
+                    continue
+                self._submit(target)
+                some = True
+        self._turn += 1
+        return some
+
+    def _submit(self, target: Target) -> None:
+        job = target.jobs[0]
+        if job.cancelled:
+            self._drop(job)
+            return
+        batch = job.batches.popleft()
+        try:
+            request = self._agent.prepare(target.told.agent, batch)
+        except Exception as error:  # noqa: BLE001 - the engine knows no such memory, or the pair is spoilt
+            self._give_up(target, f"the engine refuses it: {error}", lambda one: one is job)
+            self._suspect(target)
+            return
+        submit = Submit(job, request)
+        target.moved_at = time.monotonic() if not target.under_way else target.moved_at
+        job.under_way += 1
+        target.under_way.append(submit)
+        if not job.batches:
+            target.jobs.popleft()
+        self.called_at = time.monotonic()
+        try:
+            done = self._agent.submit(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing says how far it came
+            self._end(target, submit)
+            self._lose(job, f"a write failed: {error}")
+            self._suspect(target)
+            return
+        finally:
+            self.called_at = 0.0
+        if done:
+            self._end(target, submit)
+            self._settle(job)
+        else:
+            target.at_once = False
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def _wind_up(self) -> None:
+        """Fail what never began, and wait a little for what has begun."""
+        while not self.inbox.empty():
+            self._take(self.inbox.get())
+        for target in self._targets:
+            self._give_up(target, "the transport closes")
+            if target.knock is not None:
+                self._forget(target)
+        until = time.monotonic() + LINGER_S
+        while any(target.under_way for target in self._targets) and time.monotonic() < until:
+            for target in self._targets:
+                self._poll(target, time.monotonic())
+            time.sleep(POLL_S)
+        for target in self._targets:
+            for submit in list(target.under_way):
+                self._lose(submit.job, "the transport closes")
+                submit.job.under_way -= 1  # the agent ends after this, and reads no more
+            target.under_way.clear()
+        for job in self._lost:
+            self._crew.finish(job, Status.UNKNOWN)

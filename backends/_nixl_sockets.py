@@ -1,0 +1,108 @@
+"""What the kernel knows of UCX's TCP sockets: how to end a connection that nothing ends, and when a dead peer's bytes
+have all been placed.
+
+UCX has no time-out of its own: a write to a process that is stopped stays under way for as long as that is stopped, and
+its source is read for as long. Releasing the request does not end that, nor does forgetting the peer; the end of the
+connection does, and the sockets are this process's own. After a peer's death UCX goes on placing what the kernel holds
+of it, and closes its socket when it has read the end.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import ifaddr
+
+_ESTABLISHED = 0x01
+
+
+def _own_sockets() -> Iterator[socket.socket]:
+    """This process's stream sockets, each as a duplicate that is closed after its turn."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            duplicate = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # closed meanwhile
+            continue
+        with duplicate:
+            if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                yield duplicate
+
+
+def listening_ports() -> set[int]:
+    """The ports on which this process accepts connections."""
+    ports = set()
+    for one in _own_sockets():
+        with suppress(OSError):
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                ports.add(int(one.getsockname()[1]))
+    return ports
+
+
+def cut_connections(ports: Collection[int], own: Collection[int]) -> int:
+    """End this process's connections to those ports of a peer; how many there were. None that it accepted, and none
+    to itself."""
+    count = 0
+    for one in _own_sockets():
+        with suppress(OSError):
+            if one.getpeername()[1] in ports and one.getsockname()[1] not in own:
+                one.shutdown(socket.SHUT_RDWR)
+                count += 1
+    return count
+
+
+class Aftermath:
+    """Bytes that a dead process of this network namespace has sent to us by TCP and that are not in memory yet.
+
+    A connection whose other end lives is nobody's concern. Every other one of ours is waited for until UCX has closed
+    it, which it does after it has placed what came.
+    """
+
+    def __init__(self, own: Collection[int], theirs: Collection[int]) -> None:
+        self._own = frozenset(own)
+        self._theirs = frozenset(theirs)
+
+    def settled(self) -> bool:
+        """True: every byte of the dead one that can land has landed."""
+        # Our sockets first: one that is made after this is not the dead one's.
+        ours, here = [], _own_addresses()
+        for one in _own_sockets():
+            with suppress(OSError):
+                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    continue
+                local = int(one.getsockname()[1])
+                try:
+                    address, remote = one.getpeername()[:2]
+                    if address.removeprefix("::ffff:") not in here:
+                        continue  # a peer on another host
+                except OSError:  # the other end has gone, and what it sent may lie here unread
+                    remote = 0
+                if local in self._own or remote in self._theirs:
+                    ours.append((local, remote))
+        living = _established()
+        return all((remote, local) in living for local, remote in ours)
+
+
+def _own_addresses() -> set[str]:
+    found = {ip.ip if isinstance(ip.ip, str) else ip.ip[0] for adapter in ifaddr.get_adapters() for ip in adapter.ips}
+    return {str(address) for address in found} | {"127.0.0.1", "::1"}
+
+
+def _established() -> set[tuple[int, int]]:
+    """(local port, remote port) of every connection of this network namespace that neither end has closed."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            _, local, remote, state, *_ = line.split()
+            if int(state, 16) == _ESTABLISHED:
+                found.add((int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16)))
+    return found

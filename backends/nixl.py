@@ -1,0 +1,474 @@
+"""The `nixl` transport: NVIDIA's NIXL over UCX, by RDMA where the host has it, else by copies between the processes of
+one host (CMA) and by TCP.
+
+A post becomes requests of at most `submit_bytes`, from one of a few threads of the transport's own (`_nixl_poster`):
+between processes of one host the engine copies within the call that posts. A peer is asked whether it answers, by a
+byte on a doorstep that it has for this, before anything is written to its regions.
+
+Which way. UCX chooses among what it is given and does not say what it chose. So where an RDMA device is active UCX is
+given nothing but RDMA, and "rdma" is known; else a path is "memcpy" to a process of this host whose memory the kernel
+lets this one write to, for as long as every request has been over when it was posted, and "tcp" otherwise.
+
+Fences. PEER_GONE: a pidfd says that a peer of this host has ended, and the kernel that UCX has closed every connection
+of it (it goes on placing what a dead process has sent). Across hosts there is no proof, and a peer is UNKNOWN for good.
+DRAIN is not declared: of a write that was given up bytes lie in the peer's kernel. RETIRE is not: what a peer holds of
+a region stays valid whether it is registered or not, over CMA for as long as there is memory at that address, and over
+TCP a write to unmapped memory ends this process. So a region stays registered when it is retired, until no peer is left
+that was told of it; and the addresses of memory that was allocated here are never used for anything else.
+
+Whoever can connect to UCX's ports can write to any address of this process: they listen on every interface and ask for
+no password. Use it in networks that you trust, as you would the engine itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorferry.backends import _nixl_environment as environment
+from tensorferry.backends import _nixl_wire as wire
+from tensorferry.backends import _process
+from tensorferry.backends._descriptor import decode
+from tensorferry.backends._host import this_host
+from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan
+from tensorferry.backends._mapping import Mapping
+from tensorferry.backends._nixl_engine import Agent
+from tensorferry.backends._nixl_environment import MEMCPY, RDMA, TCP, Unfit
+from tensorferry.backends._nixl_jobs import Job, Target, cut
+from tensorferry.backends._nixl_options import NixlOptions
+from tensorferry.backends._nixl_poster import Crew, Limits
+from tensorferry.backends._nixl_sockets import Aftermath
+from tensorferry.backends._rdma import rdma_ports
+from tensorferry.core.errors import (
+    OutOfBounds,
+    ProtocolViolation,
+    TransportError,
+    TransportMismatch,
+    TransportUnavailable,
+    Unsupported,
+)
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import (
+    MAX_DESCRIPTOR_BYTES,
+    Capabilities,
+    Copy,
+    Fence,
+    Options,
+    PeerState,
+    Probe,
+    Readiness,
+    Region,
+    RemoteRegion,
+    Status,
+)
+
+log = logging.getLogger("tensorferry.backends.nixl")
+
+
+@dataclass(slots=True, eq=False)
+class NixlPeer(HostPeer):
+    """An agent of another process, or of this one."""
+
+    target: Target = field(kw_only=True)
+    way: str = field(kw_only=True)
+    """What carries to it, as far as it is known before a byte has moved."""
+    traceable: bool = field(kw_only=True)
+    """Its connections to us can be seen in the kernel's tables, or there are none."""
+    addresses: dict[tuple[int, int], int] = field(default_factory=dict)
+    gone: bool = False
+
+
+class NixlTransport(HostTransport[Job]):
+    """Writes into memory that peers have registered with their agents. See the module's docstring."""
+
+    name = "nixl"
+    options_type = NixlOptions
+    capabilities = Capabilities(
+        preferred_post_bytes=4 << 20,
+        registers_sources=True,
+        cancellable=True,
+        notices_dead_peer=True,
+        fences=frozenset({Fence.PEER_GONE}),
+        wakes=True,
+    )
+    sets = environment.SETS
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """Looks for the engine's files and the RDMA devices. The engine is started only where a device is active:
+        nothing else tells whether UCX can use it."""
+        try:
+            module = environment.module_name()
+            environment.binding_file(module)
+            cause, remedy = environment.why_not_rdma()
+            if not cause:
+                Agent("UCX", RDMA, 1).close()
+        except Unfit as unfit:
+            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises is the answer
+            return Probe(Readiness.BROKEN, f"starting NIXL fails: {error!r}", environment.INSTALL)
+        refused = _copies_refused()
+        facts = {
+            "engine": f"{module} {environment.version(module)}",
+            "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in rdma_ports().items())
+            or "none",
+            "cma": f"refused: {refused}" if refused else "permitted",
+            "ptrace_scope": environment.ptrace_scope(),
+            "listens": "over TCP on all interfaces, for anybody who can connect",
+            **environment.said("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES"),
+        }
+        if not cause:
+            return Probe(Readiness.READY, "UCX can use an active RDMA device", facts=facts, path=RDMA)
+        if MEMCPY in environment.ways(os.environ.get("UCX_TLS", "")) and not refused:
+            works = "works by copies between processes of this host, and over TCP to others"
+        else:
+            works = "works over TCP"
+        return Probe(Readiness.DEGRADED, f"{works}: {cause}", remedy, facts, path=TCP)
+
+    def __init__(self, options: Options) -> None:
+        """Starts an agent: 0.1 s, and a few threads. Raises TransportUnavailable."""
+        super().__init__(options)
+        assert isinstance(self._options, NixlOptions)
+        chosen = self._options
+        self._host = this_host()
+        try:
+            self._ways, require = _choose(chosen)
+            agent = Agent(chosen.backend, require, chosen.workers)
+        except Unfit as unfit:
+            raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
+        self._agent = agent
+        limits = Limits(chosen.window, chosen.contact_timeout, chosen.progress_timeout)
+        self._crew = Crew(agent, limits, chosen.workers)
+        # The threads know the crew and not the transport, so that a transport that is dropped without close() is
+        # noticed, and ends.
+        weakref.finalize(self, self._crew.stop).atexit = False
+        _crews.add(self._crew)
+        self._instance = secrets.token_bytes(16)
+        self._peers: dict[bytes, NixlPeer] = {}
+        self._retired: dict[Memory, set[bytes]] = {}  # still registered, and whom that is for
+        self._described: tuple[int, bytes] = (-1, b"")
+
+    # ---- our memory --------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+        """Its addresses are used for nothing else in this process, ever: a peer may write to them late."""
+        memory = super().allocate(nbytes, kind)
+        assert isinstance(memory.owner, Mapping)
+        return Memory(memory.address, nbytes, kind, _Sealed(memory.owner))
+
+    def _publish(self, region: Region) -> None:
+        if self._retired.pop(region.memory, None) is None:  # else the engine has it still
+            self._check_engine()
+            self._agent.register(region.memory)
+        self._live[region.id] = region
+        try:
+            told = len(self._encode(self._revision + 1))
+        finally:
+            del self._live[region.id]
+        if told > MAX_DESCRIPTOR_BYTES:
+            self._agent.unregister(region.memory)
+            raise TransportError(
+                f"the descriptor of {len(self._live) + 1} regions would have {told} bytes",
+                hint="Register fewer, larger regions",
+                transport=self.name,
+            )
+
+    def _withdraw(self, region: Region) -> None:
+        self._retired[region.memory] = set(self._peers)
+
+    def _let_go(self, instance: bytes) -> None:
+        """A peer is over: unregister what was kept for it alone. What no peer was told of is kept until the end."""
+        for memory, told in list(self._retired.items()):
+            if instance in told:
+                told.discard(instance)
+                if not told and not self._crew.stuck():
+                    del self._retired[memory]
+                    self._agent.unregister(memory)
+
+    def _check_engine(self) -> None:
+        """Raises TransportError where a call that needs all of the engine would wait for ever."""
+        if self._crew.stuck():
+            raise TransportError("a thread does not come back from the engine", transport=self.name)
+
+    def describe(self) -> bytes:
+        self._check_open()
+        if self._described[0] != self._revision:
+            self._described = (self._revision, self._encode(self._revision))
+        return self._described[1]
+
+    def _encode(self, revision: int) -> bytes:
+        assert isinstance(self._options, NixlOptions)
+        live = self._live.values()
+        self._check_engine()
+        metadata = self._agent.metadata()
+        return wire.encode(
+            wire.Descriptor(
+                self.name,
+                wire.DESCRIPTOR_VERSION,
+                self._instance,
+                revision,
+                self._agent.name,
+                self._options.backend,
+                sorted(self._ways),
+                self._agent.ports,
+                self._host,
+                self._pid,
+                _process.start_time(self._pid) or 0,
+                self._agent.doorstep,
+                wire.checksum(metadata),
+                metadata,
+                [region.memory.address for region in live],
+                [(region.id, region.generation, region.memory.nbytes) for region in live],
+            )
+        )
+
+    # ---- peers -------------------------------------------------------------------------------------------
+
+    def connect(self, descriptor: bytes) -> NixlPeer:
+        """Returns at once; the engine hears of the peer, and asks whether it answers, before the first write to it."""
+        self._check_open()
+        told = decode(descriptor, self.name, wire.DESCRIPTOR_VERSION, wire.Descriptor)
+        if len(told.addresses) != len(told.regions) or wire.checksum(told.metadata) != told.checksum:
+            raise ProtocolViolation("a descriptor that contradicts itself", transport=self.name)
+        peer = self._peers.get(told.instance)
+        if peer is None:
+            way = self._way(told)
+            near = self._host.shares_pids(told.host)
+            watch = _process.watch_claimed(told.pid, told.started) if near else None
+            traceable = way == RDMA or self._host.shares_network(told.host)
+            peer = NixlPeer(self._home, told.instance, target=Target(told, watch), way=way, traceable=traceable)
+            self._peers[told.instance] = peer
+        if peer.learn(told.revision, told.regions):
+            peer.target.told = told
+            keys = ((number, generation) for number, generation, _ in told.regions)
+            peer.addresses = dict(zip(keys, told.addresses, strict=True))
+        return peer
+
+    def _way(self, told: wire.Descriptor) -> str:
+        """What will carry to a peer. Raises TransportMismatch where nothing can."""
+        assert isinstance(self._options, NixlOptions)
+        if told.backend != self._options.backend:
+            raise TransportMismatch(
+                f"this side uses NIXL's {self._options.backend} backend, the peer {told.backend}",
+                hint="Give the option backend the same value on both sides",
+                transport=self.name,
+            )
+        if self._options.backend != "UCX":
+            return self._options.backend.lower()
+        both = self._ways & set(told.ways)
+        if not both:
+            raise TransportMismatch(
+                f"UCX has {', '.join(sorted(self._ways))} here and {', '.join(told.ways)} at the peer",
+                hint='Set require="tcp" on both sides, or give the other side its RDMA device',
+                transport=self.name,
+            )
+        if RDMA in both:  # with others beside it UCX may choose any of them
+            return RDMA if both == {RDMA} else TCP
+        refused = self._copies_refused(told) if MEMCPY in both else "UCX is not given it"
+        if not refused:
+            return MEMCPY
+        if self._options.require == MEMCPY:
+            raise TransportMismatch(
+                f"memcpy is required, and the peer's memory cannot be written to: {refused}", transport=self.name
+            )
+        return TCP
+
+    def _copies_refused(self, told: wire.Descriptor) -> str:
+        if not self._host.shares_pids(told.host):
+            return "it is not a process of this host and PID namespace"
+        return environment.copy_refused(told.pid, told.doorstep)
+
+    def disconnect(self, peer: Any) -> None:
+        self._check_process()
+        self._check_peer(peer)
+        if peer.connected:
+            peer.connected = False
+            self._peers.pop(peer.instance, None)
+            if not self._closed:
+                self._crew.forget(peer.target)
+                self._let_go(peer.instance)
+
+    def peer_state(self, peer: Any) -> PeerState:
+        """GONE: the peer's process has ended and nothing that it sent is still to land here. UNKNOWN for peers of other
+        hosts, always."""
+        self._check_process()
+        self._check_peer(peer)
+        if peer.gone:
+            return PeerState.GONE
+        target: Target = peer.target
+        if target.watch is None:
+            return PeerState.UNKNOWN
+        if not target.ended():
+            return PeerState.ALIVE
+        if not peer.traceable:
+            return PeerState.UNKNOWN
+        if peer.way != RDMA and not self._closed and not Aftermath(self._agent.ports, target.told.ports).settled():
+            return PeerState.UNKNOWN
+        peer.gone = True
+        if not self._closed:
+            self._let_go(peer.instance)
+        return PeerState.GONE
+
+    def path(self, peer: Any = None) -> str:
+        """To a peer: see the module's docstring. To nobody in particular: what holds for all of them."""
+        if peer is None:
+            assert isinstance(self._options, NixlOptions)
+            if self._options.backend != "UCX":
+                return self._options.backend.lower()
+            if self._ways == {RDMA} or self._options.require == MEMCPY:
+                return self._options.require or RDMA
+            return TCP
+        self._check_peer(peer)
+        if peer.way == MEMCPY and not peer.target.at_once:
+            return TCP
+        return str(peer.way)
+
+    # ---- writing -----------------------------------------------------------------------------------------
+
+    def _source(self, copy: Copy) -> Memory:
+        if not isinstance(copy.local, Region) and copy.local.kind in self.capabilities.memory_kinds:
+            raise Unsupported("the local side of a copy has to lie in a registered region", transport=self.name)
+        return super()._source(copy)
+
+    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, int]:
+        assert isinstance(peer, NixlPeer)
+        if peer.target.ended():
+            raise TransportError("the peer's process has ended", transport=self.name)
+        key = (remote.id, remote.generation)
+        nbytes = peer.regions.get(key)
+        if nbytes is None:
+            raise OutOfBounds(
+                f"the peer has no live region {remote.id} of generation {remote.generation}", transport=self.name
+            )
+        return nbytes, peer.addresses[key]
+
+    def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Job:
+        assert isinstance(peer, NixlPeer)
+        segments = [
+            (local, base, source, base + offset, nbytes)
+            for local, (base, offset, source, nbytes) in zip(keep, plan, strict=True)
+        ]
+        job = Job(peer.target, cut(segments, self._submit_bytes), keep, time.monotonic())
+        self._crew.write(job)
+        return job
+
+    @property
+    def _submit_bytes(self) -> int:
+        assert isinstance(self._options, NixlOptions)
+        return self._options.submit_bytes
+
+    def source_free(self, handle: int) -> bool:
+        """The engine reads a source no more once each request of it has ended: one that is given up ends with its
+        connection, which is cut. Over RDMA it ends when the device has given it up."""
+        job = self._batch(handle)
+        return job.drained or (job.status is Status.UNKNOWN and job.quiet)
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        self._check_open()
+        self._crew.wake = wake
+
+    def cancel(self, handle: int) -> None:
+        """What is not submitted yet never will be; what is, ends as it does."""
+        super().cancel(handle)
+        self._crew.nudge()
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Submit no more, wait half a second for what is under way, end the agent.
+
+        A handle can be polled afterwards: DONE; FAILED, where some of it was never submitted; UNKNOWN, where the agent
+        ended before it.
+        """
+        if self._closed or os.getpid() != self._pid:  # a forked child has neither the threads nor the right
+            return
+        self._closed = True
+        if not self._crew.close(CLOSE_TIMEOUT_S):
+            log.error("nixl: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
+        _outlive([*[region.memory for region in self._live.values()], *self._retired], self._peers.values())
+        self._live.clear()
+        self._peers.clear()
+        self._retired.clear()
+
+
+def _choose(chosen: NixlOptions) -> tuple[frozenset[str], str]:
+    """(what data may take, what UCX is restricted to). Raises Unfit where what is asked for cannot be had."""
+    if chosen.backend != "UCX":
+        if chosen.require:
+            raise Unfit(f'require="{chosen.require}" is about UCX, and the backend is {chosen.backend}',
+                        'Use backend="UCX"')  # fmt: skip
+        return frozenset({chosen.backend.lower()}), ""
+    tls = os.environ.get("UCX_TLS", "")
+    ways = environment.ways(tls)
+    cause, remedy = environment.why_not_rdma()
+    if chosen.require == RDMA and cause:
+        raise Unfit(f'require="rdma" cannot be had: {cause}', remedy)
+    if chosen.require and chosen.require not in ways:
+        raise Unfit(f'require="{chosen.require}" cannot be had: UCX_TLS={tls} leaves it out', "Change or unset UCX_TLS")
+    if chosen.require == MEMCPY and (refused := _copies_refused()):
+        raise Unfit(f'require="memcpy" cannot be had: {refused}', "Let processes trace each other (CAP_SYS_PTRACE)")
+    if chosen.require in (RDMA, TCP):
+        if tls and ways != {chosen.require}:
+            raise Unfit(f'require="{chosen.require}" and UCX_TLS={tls}: UCX would use the latter', "Unset UCX_TLS")
+        return frozenset({chosen.require}), chosen.require
+    if not cause and not tls and not chosen.require:
+        return frozenset({RDMA}), RDMA
+    return (ways if not cause else ways - {RDMA}), ""
+
+
+def _copies_refused() -> str:
+    """Why no process of this host may copy into another, by the answer to copying within this one; "" where it may."""
+    here = Mapping(4096)
+    return environment.copy_refused(os.getpid(), here.address)
+
+
+class _Sealed:
+    """Owns a mapping. When the last reference goes its pages are given back and its addresses are kept."""
+
+    __slots__ = ("__weakref__", "mapping")
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+        weakref.finalize(self, _seal, mapping, os.getpid()).atexit = False
+
+
+_sealed: list[Mapping] = []
+
+
+def _seal(mapping: Mapping, pid: int) -> None:
+    if os.getpid() == pid:
+        mapping.seal()
+        _sealed.append(mapping)
+
+
+_outlived: list[tuple[list[Memory], list[Target]]] = []
+
+
+def _outlive(memories: list[Memory], peers: Any) -> None:
+    """Memory of others that was told to peers which copy into it stays until they have ended: nothing else keeps a late
+    copy out of what is put there next. What `allocate` returned needs no such care."""
+    _outlived[:] = [(kept, writers) for kept, writers in _outlived if not all(target.ended() for target in writers)]
+    foreign = [memory for memory in memories if not isinstance(memory.owner, _Sealed)]
+    writers = [peer.target for peer in peers if peer.way == MEMCPY and not peer.target.ended()]
+    if foreign and writers:
+        _outlived.append((foreign, writers))
+
+
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """At exit: no thread may be inside the engine when the interpreter goes."""
+    for crew in list(_crews):
+        if not crew.close(CLOSE_TIMEOUT_S):
+            log.error("nixl: the engine did not end within %g s of the exit", CLOSE_TIMEOUT_S)
+
+
+atexit.register(_end_all)
