@@ -145,12 +145,16 @@ class Ferry:
     def clean(self, what: str) -> None:
         """Expect that nothing is left: each block free, the audit sound, no write where nobody had a grant."""
         for receiver in self.receivers:
-            free = self.stage.eventually(lambda r=receiver: r.free_blocks == r.pool_blocks, PATIENCE_S)
+            free = self.stage.eventually(partial(_all_free, receiver), PATIENCE_S)
             self.stage.expect(free, f"{what}: {receiver.free_blocks} of {receiver.pool_blocks} blocks are free")
             receiver._call(receiver.machine.pool.audit)
             receiver._call(partial(receiver._check_poison, range(receiver.pool_blocks)))
             stale = receiver.stale_writes
             self.stage.expect(not stale, f"{what}: a block was written to while it was free: {'; '.join(stale[:2])}")
+
+
+def _all_free(receiver: Any) -> bool:
+    return bool(receiver.free_blocks == receiver.pool_blocks)
 
 
 @check("ID-4", seconds=60)
