@@ -104,7 +104,16 @@ def _import(path: str) -> Any:
     return found
 
 
+_at_start: dict[str, str] = {}
+
+
+def remember_environment() -> None:
+    """Children get the environment as it is now: what the transport's import or probe then changes is not handed on,
+    and is a change again in a fresh process."""
+    _at_start.update(os.environ)
+
+
 def child_environment() -> dict[str, str]:
     """The environment for a child process that has to find the same modules."""
     paths = [path or os.getcwd() for path in sys.path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**(_at_start or os.environ), "PYTHONPATH": os.pathsep.join(paths)}

@@ -18,7 +18,7 @@ from tensorferry.conformance.hooks import load
 from tensorferry.conformance.judge import Setup, judge, usable
 from tensorferry.conformance.model import SuiteError, Tier, checks
 from tensorferry.conformance.peer import reserve_stdout
-from tensorferry.conformance.target import Spec, resolve
+from tensorferry.conformance.target import Spec, remember_environment, resolve
 from tensorferry.core.errors import FerryError
 
 
@@ -34,6 +34,7 @@ class Order(msgspec.Struct, frozen=True):
 def main() -> int:
     out = reserve_stdout()
     faulthandler.enable()
+    remember_environment()
     order = msgspec.json.decode(sys.argv[1], type=Order)
     try:
         setup = Setup(resolve(order.spec.name, order.spec.options), load(order.hooks), order.seed, Tier(order.tier))
