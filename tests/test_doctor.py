@@ -562,6 +562,16 @@ def test_without_a_device_rdma_is_a_note_and_with_one_whatever_keeps_it_unused_i
     assert "RDMA device mlx5_0" in found.host
 
 
+def test_an_engine_that_falls_back_without_a_word_is_a_problem(two_devices: Path) -> None:
+    probe = Probe(Readiness.READY, "an active RDMA device is there", facts={"engine": "1"}, path="rdma")
+    found = report(two_devices, {**SERVES, "mooncake": Examined(probe, True, "tcp")})
+    assert severities(found, "mooncake") == ["problem"]
+    (said,) = [f for f in found.findings if f.about == "mooncake"]
+    assert "its probe finds rdma" in said.what
+    assert "open it goes over tcp" in said.what
+    assert found.exit is Exit.FAILED
+
+
 def test_gpus_without_a_way_for_the_card_to_their_memory_are_a_note(two_devices: Path) -> None:
     write(two_devices / "proc/driver/nvidia/version", "NVRM version: 550")
     write(two_devices / "proc/driver/nvidia/gpus/0000:01:00.0/information", "Model: \t\t NVIDIA H200\nIRQ: 5")

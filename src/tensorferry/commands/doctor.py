@@ -282,11 +282,15 @@ def diagnose(
 
 def _of_transport(name: str, one: Examined, *, named: bool, built_in: bool) -> Finding:
     from tensorferry.commands.findings import Finding, Severity
+    from tensorferry.core.selection import preference
     from tensorferry.core.transport import Readiness
 
     probe = one.probe
     if one.refused:
         return Finding(Severity.PROBLEM, name, one.refused, one.hint)
+    if one.opened and probe.path and preference(name, one.path) > preference(name, probe.path):
+        what = f"falls back without a word: its probe finds {probe.path}, and open it goes over {one.path}"
+        return Finding(Severity.PROBLEM, name, what, probe.hint or '"why not RDMA?" says what is missing')
     if probe.readiness is Readiness.READY:
         return Finding(Severity.OK, name, f"ready, over {one.path}: {probe.reason}")
     if probe.readiness is Readiness.DEGRADED:
