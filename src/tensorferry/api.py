@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from tensorferry.core import receiving, sending
 from tensorferry.core.allocator import Choose, lowest_runs
-from tensorferry.core.carriers import close_all
-from tensorferry.core.errors import ConfigError
 from tensorferry.core.group import Group
 from tensorferry.core.layout import Layout
-from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Transport
-from tensorferry.plugins.registry import AUTO, open_automatic, open_transport
-
-
-@contextmanager
-def _opened(
-    transport: str | Transport | None, options: Mapping[str, object] | None, settings: Mapping[str, object]
-) -> Iterator[tuple[list[Transport], Settings]]:
-    """The transport of a name (or the setting's), or all to choose from, or one that the caller has opened; and the
-    settings. Whatever is raised in here or by those who use it closes the transports, the caller's as well.
-
-    Settings come from the arguments, then TENSORFERRY_*, then tensorferry.toml, then the defaults.
-    """
-    opened = [transport] if isinstance(transport, Transport) else []
-    if not opened and not isinstance(transport, str | None):
-        raise ConfigError(f"transport is a name or an open Transport, not {transport!r}")
-    try:
-        named = transport if isinstance(transport, str) else None
-        loaded = Settings.load({**settings, "transport": named}).settings
-        if not opened and loaded.transport == AUTO:
-            opened = open_automatic(options)
-        elif not opened:
-            opened = [open_transport(loaded.transport, options)]
-        yield opened, loaded
-    except BaseException:
-        close_all(opened)
-        raise
+from tensorferry.plugins.opening import opened
 
 
 class Sender(sending.Sender):
@@ -67,7 +38,7 @@ class Sender(sending.Sender):
         name: str = "",
         **settings: object,
     ) -> None:
-        with _opened(transport, options, settings) as (transports, loaded):
+        with opened(transport, options, settings) as (transports, loaded):
             super().__init__(layout, transports, loaded, bind=bind, name=name)
 
 
@@ -94,5 +65,5 @@ class Receiver(receiving.Receiver):
         poison: bool = False,
         **settings: object,
     ) -> None:
-        with _opened(transport, options, settings) as (transports, loaded):
+        with opened(transport, options, settings) as (transports, loaded):
             super().__init__(layout, transports, loaded, group=group, name=name, choose=choose, poison=poison)

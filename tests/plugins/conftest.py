@@ -1,0 +1,9 @@
+"""The helpers of the scenario tests serve here as well."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scenarios"))
