@@ -11,7 +11,8 @@ from pathlib import Path
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, without settings, engine variables and anything that speaks for or against colour."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("TENSORFERRY_", "SGLANG_", "MC_"))}
+    others = ("TENSORFERRY_", "SGLANG_", "MC_", "UCX_", "NIXL_")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS"):
         ours.pop(name, None)
     return {**ours, "TENSORFERRY_CONFIG": os.devnull, **more}

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator
 
 import hypothesis
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background with SIGINT ignored, and so would every process be that a test
+    # interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Things that a machine without special hardware cannot be given. Nothing that a package registry has belongs here.
 MAY_BE_ABSENT = frozenset({"gpu", "rdma"})
