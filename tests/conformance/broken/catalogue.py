@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 
 from tensorferry.core.transport import CONTRACT_VERSION, Transport
 
-MODULES = ("lifecycle", "connecting", "transfer", "bounds", "statuses", "peers", "hygiene")
+MODULES = (
+    "lifecycle",
+    "connecting",
+    "transfer",
+    "bounds",
+    "statuses",
+    "peers",
+    "hygiene",
+    "imports_torch",
+)
 
 C = TypeVar("C", bound=type[Transport])
 

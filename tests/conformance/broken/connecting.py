@@ -178,11 +178,15 @@ class ConnectsToTheClosed(MemoryTransport):
         try:
             return super().connect(descriptor)
         except PeerUnreachable:
-            known = _ever[descriptor]
+            known = _ever.get(descriptor)
+            if known is None:
+                raise
             return MemoryPeer(self._home, known.id, there=known)
 
     def post(self, peer: Any, copies: Any) -> int:
-        if not self._closed and peer.revision < 0:  # no descriptor was learnt from: it was closed from the beginning
+        if (
+            not self._closed and isinstance(peer, MemoryPeer) and peer.home is self._home and peer.revision < 0
+        ):  # no descriptor was learnt from: it was closed from the beginning
             handle = next(self._handles)
             self._batches[handle] = Batch((), ())
             self._batches[handle].status = Status.DONE

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,7 @@ class RaisesInItsProbe(MemoryTransport):
         return super().probe()
 
 
-@broken({"HYG-1": "probe", "THR-2": "probe"})
+@broken({"HYG-1": "probe raised NotImpl", "HYG-6": "NotImpl", "THR-2": "probe in another thread raised"})
 class HasNoProbe(MemoryTransport):
     @classmethod
     def probe(cls) -> Probe:
@@ -111,28 +112,27 @@ class LeavesAProbeOpen(MemoryTransport):
         return super().probe()
 
 
-@broken({"THR-2": "probe"})
+@broken({"THR-2": "probe in another thread raised RuntimeError"})
 class ProbesInOneThread(MemoryTransport):
-    """Its probe works in the thread that imported it."""
+    """While it is open, its engine answers the thread that opened it."""
 
     @classmethod
     def probe(cls) -> Probe:
-        if threading.get_ident() != _home and _open_ones:
+        if any(one._thread != threading.get_ident() for one in list(_open_ones)):
             raise RuntimeError("the engine belongs to another thread")
         return super().probe()
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        _open_ones.append(self)
+        self._thread = threading.get_ident()
+        _open_ones.add(self)
 
     def close(self) -> None:
         super().close()
-        if self in _open_ones:
-            _open_ones.remove(self)
+        _open_ones.discard(self)
 
 
-_home = threading.get_ident()
-_open_ones: list[ProbesInOneThread] = []
+_open_ones: weakref.WeakSet[ProbesInOneThread] = weakref.WeakSet()
 
 
 # ---- what is declared ----------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class IsOfAnotherVersion(MemoryTransport):
     pass
 
 
-@broken({"HYG-5": "unknown"}, options_type=Forgiving)
+@broken({"HYG-5": "takes an option that it does not have"}, options_type=Forgiving)
 class IgnoresUnknownOptions(MemoryTransport):
     pass
 
@@ -172,7 +172,7 @@ class TakesAnotherPath(MemoryTransport):
         return "rdma"
 
 
-@broken({"HYG-7": "max_copies|reason"})
+@broken({"HYG-7": "preferred_post_bytes is -1"})
 class DeclaresNonsense(MemoryTransport):
     capabilities = replace(MemoryTransport.capabilities, preferred_post_bytes=-1)
 

@@ -101,7 +101,7 @@ class CannotRetireTwice(MemoryTransport):
 
 @broken(
     {
-        "REG-4": "retire raised BadCall",
+        "REG-4": "is another transport's",
         "REG-5": "were given twice",
         "CON-4": "an older one names was not refused",
         "BND-5": "registered since, was not refused",
