@@ -22,7 +22,7 @@ from jsonschema import Draft202012Validator
 from tensorferry import schemas
 from tensorferry.commands import exposure, host_facts, listening, rdma_facts
 from tensorferry.commands.doctor import diagnose
-from tensorferry.commands.examining import Examined, Verbs
+from tensorferry.commands.examining import Examined, Verbs, examine
 from tensorferry.commands.findings import Finding, Severity
 from tensorferry.commands.listening import Listener, Scope
 from tensorferry.commands.output import Exit
@@ -153,6 +153,14 @@ def test_a_probe_or_an_opening_that_hangs_is_a_row_in_time(odd: dict[str, str]) 
     assert "--timeout" in found["hangs"]["hint"]
     assert (found["opensslowly"]["status"], found["opensslowly"]["opened"]) == ("ready", False)
     assert found["opensslowly"]["refused"] == "opening it: its process gave no answer within 3 s"
+
+
+def test_a_child_that_cannot_be_started_is_an_answer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    found = examine("shm", 3)
+    assert found.probe.readiness is Readiness.BROKEN
+    assert "could not be started" in found.probe.reason
+    assert host_facts.copy_between_processes().severity is Severity.NOTE
 
 
 def test_the_schema_is_a_schema() -> None:

@@ -5,7 +5,6 @@ Everything takes `root`, so that another host's files can be read as well.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -238,19 +237,19 @@ print("yes" if count == 11 and mine.raw == b"tensorferry" else os.strerror(ctype
 def _read_sibling(seconds: float = 10.0) -> str:
     """Whether one process can read another of the same user that is not its child: "yes", or what the kernel says."""
     quick = [sys.executable, "-I", "-S", "-c"]
-    with subprocess.Popen([*quick, _HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        try:
-            where = holder.stdout.readline().split()
-            done = subprocess.run(
-                [*quick, _READER, *where], capture_output=True, text=True, timeout=seconds, check=False
-            )
-            return done.stdout.strip() or (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        except (OSError, subprocess.TimeoutExpired, ctypes.ArgumentError) as error:
-            return str(error)
-        finally:
-            holder.kill()
+    try:
+        with subprocess.Popen([*quick, _HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            try:
+                where = holder.stdout.readline().split()
+                done = subprocess.run(
+                    [*quick, _READER, *where], capture_output=True, text=True, timeout=seconds, check=False
+                )
+            finally:
+                holder.kill()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stdout.strip() or (done.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
 def copy_between_processes(root: Path = ROOT, attempt: str | None = None) -> Finding:

@@ -50,7 +50,14 @@ class Ended:
 
 
 def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> Ended:
-    """Run a module in a process of its own for at most so long. Nothing of it is left afterwards."""
+    """Run a module in a process of its own for at most so long. Nothing of it is left afterwards. Never raises."""
+    try:
+        return _run_child(module, *args, seconds=seconds, debug=debug)
+    except OSError as error:  # no more processes, no memory, an interpreter that this user may not run
+        return Ended(b"", f"could not be started: {error}")
+
+
+def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
