@@ -272,9 +272,7 @@ def forgets_released_handles(stage: Stage) -> None:
 
     def posts(count: int) -> None:
         for _ in range(count):
-            handle = pair.writer.post(pair.peer, copies)
-            stage.done(pair.writer, handle)
-            pair.writer.release(handle)
+            pair.done(pair.writer.post(pair.peer, copies))
 
     count = stage.times(300, 1000, 10_000)
     posts(count)

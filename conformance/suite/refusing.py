@@ -234,4 +234,6 @@ def stale_writer(stage: Stage) -> None:
         return
     pair.flush()
     pair.placed(data[:SIZE], what="copy 0 of 2, to a region that is live,")
+    if pair.owner.capabilities.needs_flush:
+        return  # nobody flushes what is retired
     pair.placed(data[SIZE:], region=gone, what="copy 1 of 2, to a region that is retired,")

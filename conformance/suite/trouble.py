@@ -101,7 +101,9 @@ def scenes(
             pair = stage.pair(64)
             if name == "a cancel" and not pair.writer.capabilities.cancellable:
                 break
-            readable = name != "a close of the target's owner" or not pair.owner.capabilities.allocates_targets
+            own = pair.owner.capabilities
+            readable = not (name == "a close of the target's owner" and own.allocates_targets)
+            readable = readable and not (name == "a retire" and own.needs_flush)  # nobody flushes what is retired
             scene = Scene(name, pair, shoot(stage, pair), readable)
             if attempt:
                 time.sleep(stage.random.random() * 0.02)
