@@ -81,6 +81,14 @@ rdma: ## check mooncake on real RDMA verbs, in a VM that has them (docs/rdma.md;
 	@scripts/setup engines
 	@scripts/check-rdma $(ARGS)
 
+# Not a part of `check`: whether SGLang has moved on says nothing about a change here.
+.PHONY: sglang-signatures
+sglang-signatures: ## is the newest SGLang's interface still what the adapter has? (downloads 39 MB; SGLANG="sglang==...")
+	@scripts/setup dev
+	rm -rf build/sglang
+	$(BIN)/pip install -q --no-deps --target build/sglang "$(or $(SGLANG),sglang)"
+	$(BIN)/python tests/plugins/sglang_drift.py build/sglang
+
 .PHONY: clean
 clean: ## remove the environment and everything that was built
 	rm -rf .venv .venv.lock build dist src/*.egg-info
