@@ -122,6 +122,8 @@ PROFILES: dict[str, Profile] = {
                 storm=(2.0, 8.0)),
         Profile("proofs", "no timer frees anything: every crash is proved, once", loss=0.03, ghost=0.15, slow=0.2,
                 late=0.2, sender_crashes=2, receiver_crashes=2, proof=1.0, suspicious=False, suspicions=1, cancels=1),
+        Profile("heirs", "receivers die with their first words still on their way", ghost=0.3, slow=0.6, slowest=2.0,
+                late=0.3, receiver_crashes=3, proof=1.0, suspicious=False, spread=0.2, storm=(0.5, 2.0), groups=0.0),
         Profile("cancels", "both sides change their minds, rooms are used again", loss=0.05, double=0.05, ghost=0.1,
                 slow=0.1, cancels=2, sender_cancels=2, reuse=0.6, exposes=1, late=0.1),
         Profile("tiny", "many rooms through one or two blocks", loss=0.02, slow=0.05, most_rooms=5, most_pool=2,

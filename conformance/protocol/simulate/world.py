@@ -583,9 +583,18 @@ class World:
                 host.machine.expose(xfer)
 
     def part(self) -> None:
-        """Some link carries nothing for a while, in one direction or both."""
+        """Some link carries nothing for a while, in one direction or both; or a rank is cut off at the worst moment,
+        which is when it has promised its rows."""
         one = self.rng.randrange(self.shape.receivers)
         others = [self.rng.randrange(len(self.hosts))] if self.rng.random() < 0.6 else range(len(self.hosts))
+        if self.shape.ranks > 1 and self.rng.random() < 0.7:
+            promised = [h.number for h in self._receivers() for t in h.machine.transfers.values()
+                        if h.number and t.phase is Phase.VOTED]  # fmt: skip
+            if not promised:
+                if not self.calm:
+                    self.after(0.02, self.part)
+                return
+            one, others = promised[0], range(len(self.hosts))
         until = self.now + self.rng.uniform(0.1, self.profile.longest_partition)
         self.counts["partitions"] += 1
         out, back = self.rng.choice([(True, False), (False, True), (True, True), (True, True)])
