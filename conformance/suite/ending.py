@@ -327,9 +327,13 @@ def a_link_that_is_cut(stage: Stage) -> None:
         stage.unknown("needs the hooks cut and heal")
     for _ in range(stage.times(1, 3, 10)):
         pair = stage.pair(64)
+        spare, data = pair.target(4096), stage.pattern(4096, "while cut")
         shots = shoot(stage, pair)
         time.sleep(stage.random.random() * 0.02)
         stage.hooks.cut(pair.writer, pair.peer)
+        late = stage.attempt(partial(pair.post, data, region=spare), "post while the link is cut")
+        if not isinstance(late, FerryError):
+            shots.append(Shot(late, spare, data))
         time.sleep(0.5)
         stage.hooks.heal(pair.writer, pair.peer)
         for shot in shots:
