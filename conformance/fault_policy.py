@@ -51,7 +51,7 @@ class Decision:
     snapshot: bool = False
     """The bytes are those of the time of the post. Off: those that the source has when the piece lands."""
     unknown: bool = False
-    """UNKNOWN, not PENDING, until the end."""
+    """UNKNOWN, from the beginning and for good. It is drained at its end."""
     fails: int = -1
     """The first so many pieces land, and then the post is FAILED; -1: all land. At least one byte never does."""
     held: bool = False

@@ -53,9 +53,9 @@ class Held:
     def status(self) -> Status:
         if self.decision.early or self.decision.ghost:
             return Status.DONE if self.decision.early else Status.FAILED
-        if self.over:
-            return self.outcome
-        return Status.UNKNOWN if self.decision.unknown or self.decision.drained else Status.PENDING
+        if self.decision.unknown or self.decision.drained:
+            return Status.UNKNOWN  # and it stays that: drained is all that is ever learnt of such a post
+        return self.outcome if self.over else Status.PENDING
 
     @property
     def drained(self) -> bool:

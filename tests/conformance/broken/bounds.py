@@ -140,6 +140,12 @@ class SkipsNegativeLengths(Forgives):
         return [copy for copy in copies if copy.nbytes >= 0]
 
 
+@broken({"XFR-15": "a copy of no bytes wrote"})
+class TakesNoBytesForOne(Forgives):
+    def forgive(self, peer: Any, copies: list[Copy]) -> list[Copy]:
+        return [replace(c, nbytes=1) if not c.nbytes and c.remote_offset < 4096 else c for c in copies]
+
+
 @broken({"BND-9": "was not refused"})
 class ReadsAnyKind(Forgives):
     def forgive(self, peer: Any, copies: list[Copy]) -> list[Copy]:

@@ -19,6 +19,7 @@ MODULES = (
     "peers",
     "hygiene",
     "imports_torch",
+    "imports_slowly",
 )
 
 C = TypeVar("C", bound=type[Transport])

@@ -30,6 +30,14 @@ class Hooks:
     def let_go(self, transport: Any) -> None:
         _open.set()
 
+    def cut(self, transport: Any, peer: Any) -> None:
+        if hasattr(transport, "cut"):
+            transport.cut()
+
+    def heal(self, transport: Any, peer: Any) -> None:
+        if hasattr(transport, "heal"):
+            transport.heal()
+
     def other_version(self, descriptor: bytes) -> bytes:
         pickled = descriptor.startswith(b"\x80\x04")  # by the broken transport that does
         fields = msgspec.msgpack.decode(pickle.loads(descriptor) if pickled else descriptor)  # noqa: S301

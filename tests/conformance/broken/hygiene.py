@@ -186,3 +186,8 @@ class CancelsWithoutSayingSo(MemoryTransport):
 class FlushesWithoutSayingSo(MemoryTransport):
     def flush(self, region: Region) -> None:
         self._check_open()
+
+
+@broken({"HYG-10": "reads is declared"})
+class DeclaresReads(MemoryTransport):
+    capabilities = replace(MemoryTransport.capabilities, reads=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from broken.catalogue import broken
+from tensorferry.backends._copier import Batch
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.core.errors import BadCall, Unsupported
 from tensorferry.core.memory import Memory
@@ -66,6 +67,30 @@ class AllocatesAfterClose(MemoryTransport):
 class TakesAnyOptions(MemoryTransport):
     def __init__(self, options: Options) -> None:
         super().__init__(MemoryOptions())
+
+
+@broken({"LIF-6": "in a forked child, describe answered"})
+class WorksInAFork(MemoryTransport):
+    def _check_process(self) -> None:
+        pass
+
+
+_kept: list[MemoryTransport] = []
+
+
+@broken({"LIF-7": "threads go on"})
+class KeepsItselfAlive(MemoryTransport):
+    def register(self, memory: Memory) -> Region:
+        region = super().register(memory)
+        if self not in _kept:
+            _kept.append(self)
+            self._copier.submit(Batch((), ()))  # whose thread runs from now on
+        return region
+
+    def close(self) -> None:
+        super().close()
+        if self in _kept:
+            _kept.remove(self)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
@@ -132,3 +157,11 @@ class RegistersWholePagesOnly(MemoryTransport):
 @broken({"REG-8": "register of others' memory was not refused"})
 class RegistersWhatItDidNotAllocate(MemoryTransport):
     capabilities = replace(MemoryTransport.capabilities, allocates_targets=True)
+
+
+@broken({"REG-9": "retire of another transport's region was not refused"})
+class RetiresAnything(MemoryTransport):
+    def retire(self, region: Region) -> None:
+        self._check_open()
+        if self._live.get(region.id) == region:
+            super().retire(region)

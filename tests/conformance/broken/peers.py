@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -81,3 +82,55 @@ class WaitsForTheStopped(KnowsPids):
         if peer.connected and stopped(self._pids[peer.instance]):
             time.sleep(5.5)
         super().disconnect(peer)
+
+
+@broken({"FEN-6": "something landed after peer_state had said"})
+class DeliversForTheDead(ShmTransport):
+    """What it had taken in for a peer it writes out after it has said that the peer is gone."""
+
+    def peer_state(self, peer: Any) -> PeerState:
+        state = super().peer_state(peer)
+        late = [region.memory for region in self._live.values() if region.memory.nbytes == 8 << 20]
+        if state is PeerState.GONE and late and not peer.link.closed:
+            timer = threading.Timer(0.02, late[0].view().__setitem__, (0, 1))
+            timer.daemon = True
+            timer.start()
+        return state
+
+
+@broken({"PEE-6": "while its peer was stopped, and DONE afterwards"})
+class GivesUpOnTheStopped(KnowsPids):
+    """A time-out runs while the peer is stopped, and is forgotten when it goes on."""
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        handle = super().post(peer, copies)
+        self._whose = {**getattr(self, "_whose", {}), handle: self._pids[peer.instance]}
+        return handle
+
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        many = len(self._batches) == 24  # one look at the process for each of many polls is slow
+        return Status.UNKNOWN if many and stopped(self._whose[handle]) else status
+
+
+@broken({"PEE-8": "DONE"})
+class CompletesWhatWasLost(MemoryTransport):
+    """What is posted while the link is cut goes nowhere, and is DONE when the link comes back."""
+
+    is_cut = False
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        if not self.is_cut:
+            return super().post(peer, copies)
+        handle = next(self._handles)
+        self._batches[handle] = Batch((), ())
+        return handle
+
+    def cut(self) -> None:
+        self.is_cut = True
+
+    def heal(self) -> None:
+        self.is_cut = False
+        for batch in self._batches.values():
+            if batch.status is Status.PENDING and not batch.segments:
+                batch.status = Status.DONE

@@ -267,3 +267,29 @@ class LosesWakes(MemoryTransport):
                 wake()
 
         super().on_progress(some)
+
+
+@broken({"WAK-3": "still|ended|PENDING|FAILED|raise"})
+class StopsWhenWakingFails(MemoryTransport):
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                wake()
+            except Exception:
+                self._copier.stop()
+                raise
+
+        super().on_progress(guarded)
+
+
+@broken({"WAK-4": "after close"})
+class WakesAfterClose(MemoryTransport):
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        super().on_progress(wake)
+        self._wake = wake
+
+    def close(self) -> None:
+        super().close()
+        timer = threading.Timer(0.05, getattr(self, "_wake", int))
+        timer.daemon = True
+        timer.start()

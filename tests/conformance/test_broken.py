@@ -1,0 +1,89 @@
+"""The suite is tested by transports that are broken: each fails the rules that it breaks, by name, and no other.
+
+What is asked of each: the rules that it is said to break, and all others that cost little. TENSORFERRY_BROKEN=all asks
+all rules of all of them (`make broken`), which takes the better part of an hour of one core.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from broken.catalogue import Broken, catalogue
+
+from tensorferry.conformance import Report, run
+from tensorferry.conformance.model import Verdict
+from tensorferry.conformance.rules import Level, rules, select
+
+COSTLY = frozenset(
+    ["LIF-3", "LIF-6", "LIF-7", "XFR-9", "XFR-10", "XFR-11", "XFR-20", "VIS-1", "VIS-2", "ERR-1", "ERR-2", "ERR-3", "ERR-6", "ERR-7", "FEN-2", "FEN-3", "FEN-4", "FEN-5", "FEN-6", "FEN-7", "PEE-1", "PEE-2", "PEE-4", "PEE-5", "PEE-6", "PEE-8", "RES-1", "RES-2", "RES-3", "RES-4", "RES-5", "HYG-1", "HYG-2", "HYG-3", "HYG-9", "HYG-11"]
+)
+"""Rules that wait, start processes or count over many rounds: more than about 0.3 s each."""
+
+NOBODY = {"HYG-12": "has no assertion: it needs a machine on which the transport's engine does not work"}
+"""MUST rules without a broken transport, and why."""
+
+ALL = os.environ.get("TENSORFERRY_BROKEN") == "all"
+
+REFERENCE = "tensorferry.backends.memory:MemoryTransport"
+
+TRANSPORT_RULES = [rule.id for rule in select("transport", "")]
+
+
+def asked(fails: dict[str, str]) -> str:
+    return ",".join(rule for rule in TRANSPORT_RULES if ALL or rule in fails or rule not in COSTLY)
+
+
+def judged(path: str, asked_for: str) -> Report:
+    return run(path, tier="quick", rules=asked_for, hooks="broken.hooks:Hooks")
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Report]]]:
+    """A report on each transport that a chosen test is about, several under way at once: most of the time is waiting."""
+    chosen = [
+        item.callspec.params["one"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "one" in item.callspec.params
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        futures = {one.path: pool.submit(judged, one.path, asked(one.fails)) for one in chosen}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.mark.timeout(3600 if ALL else 600)  # the first of them waits for the whole pool, on a machine that may be busy
+@pytest.mark.parametrize("one", catalogue(), ids=lambda one: one.name)
+def test_a_broken_transport_fails_what_it_breaks_and_nothing_else(
+    one: Broken, reports: dict[str, Future[Report]]
+) -> None:
+    report = reports[one.path].result()
+    assert report.defects == []
+    failed = {finding.rule: finding.message for finding in report.of(Verdict.FAIL)}
+    assert failed.keys() == one.fails.keys(), failed
+    for rule, pattern in one.fails.items():
+        assert re.search(pattern, failed[rule]), f"{rule} says {failed[rule]!r}, and nothing of {pattern!r}"
+
+
+def test_the_reference_fails_none_of_them() -> None:
+    report = judged(REFERENCE, asked({}))
+    assert report.defects == []
+    assert report.of(Verdict.FAIL) == []
+    assert len(report.of(Verdict.PASS)) > 50
+
+
+def test_every_must_rule_of_a_transport_is_broken_by_somebody() -> None:
+    broken = {rule for one in catalogue() for rule in one.fails}
+    must = {rule for rule in TRANSPORT_RULES if rules()[rule].level is Level.MUST}
+    assert must - broken == NOBODY.keys()
+
+
+def test_no_two_broken_transports_have_one_name_and_each_says_what_it_fails() -> None:
+    names = [one.name for one in catalogue()]
+    assert sorted(set(names)) == sorted(names)
+    assert all(one.fails and set(one.fails) <= set(TRANSPORT_RULES) for one in catalogue())
+    assert set(TRANSPORT_RULES) >= COSTLY
