@@ -16,13 +16,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, Any
 
 import msgspec
 
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.core.errors import OutOfBounds, TransportError
-from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status
+from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status, Transport
+
+Open = Callable[[], Transport]
 
 REGION = 8 << 20
 PATIENCE_S = 120.0
@@ -41,7 +44,7 @@ class Target:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "target"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, sys.argv[0], "target"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         told = self._hear()
         self.descriptor = bytes.fromhex(told["descriptor"])
@@ -69,8 +72,8 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def be_target() -> None:
-    transport = MooncakeTransport(OPTIONS)
+def be_target(open_one: Open) -> None:
+    transport = open_one()
     region = transport.register(transport.allocate(REGION))
     told = {"descriptor": transport.describe().hex(), "region": [region.id, region.generation]}
     print(json.dumps(told), flush=True)
@@ -81,8 +84,8 @@ def be_target() -> None:
 
 
 class Check:
-    def __init__(self) -> None:
-        self.transport = MooncakeTransport(OPTIONS)
+    def __init__(self, open_one: Open) -> None:
+        self.transport = open_one()
         self.source: Region = self.transport.register(self.transport.allocate(REGION))
         self.done: list[str] = []
 
@@ -174,13 +177,13 @@ class Check:
         )
 
 
-def main() -> int:
+def main(open_one: Open, kind: type[Check] = Check) -> int:
     if sys.argv[1:] == ["target"]:
-        be_target()
+        be_target(open_one)
         return 0
     verdict: dict[str, Any] = {"ok": False, "path": ""}
     try:
-        check = Check()
+        check = kind(open_one)
         verdict["path"] = check.transport.path()
         check.run()
         verdict |= {"ok": True, "checks": len(check.done)}
@@ -193,4 +196,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(lambda: MooncakeTransport(OPTIONS)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.backends.tcp import TcpOptions, TcpTransport
 from tensorferry.core.errors import PeerUnreachable, TransportError
@@ -114,14 +115,20 @@ class FaultyMooncake(Faulty, MooncakeTransport):
         super().__init__(MooncakeOptions())
 
 
+class FaultyNixl(Faulty, NixlTransport):
+    def __init__(self) -> None:
+        super().__init__(NixlOptions(workers=1))
+
+
 class FaultyTcp(Faulty, TcpTransport):
     def __init__(self) -> None:
         super().__init__(TcpOptions())
 
 
-FAULTY: dict[str, type[FaultyMemory] | type[FaultyMooncake] | type[FaultyShm] | type[FaultyTcp]] = {
+FAULTY: dict[str, type[FaultyMemory] | type[FaultyMooncake] | type[FaultyNixl] | type[FaultyShm] | type[FaultyTcp]] = {
     "memory": FaultyMemory,
     "mooncake": FaultyMooncake,
+    "nixl": FaultyNixl,
     "shm": FaultyShm,
     "tcp": FaultyTcp,
 }

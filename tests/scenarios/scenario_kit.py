@@ -13,10 +13,11 @@ from memory_kit import random_rows, same_bytes
 
 import tensorferry as tf
 from tensorferry.backends.mooncake import MooncakeTransport
+from tensorferry.backends.nixl import NixlTransport
 from tensorferry.core.allocator import Choose, lowest_runs
 from tensorferry.core.transport import Transport
 
-KINDS = ("memory", "mooncake", "shm", "tcp")
+KINDS = ("memory", "mooncake", "nixl", "shm", "tcp")
 
 LAYOUT = tf.embedding_layout(64)
 """A hidden size of 64: at 128 tokens a block one component lies on its own, and two travel packed."""
@@ -170,8 +171,9 @@ class Quay:
         sender_settings: Mapping[str, object] | None = None,
         **settings: object,
     ) -> None:
-        if kind == "mooncake" and not (probe := MooncakeTransport.probe()).usable:
-            pytest.skip(f"needs mooncake: {probe.reason}")
+        engines: dict[str, type[Transport]] = {"mooncake": MooncakeTransport, "nixl": NixlTransport}
+        if kind in engines and not (probe := engines[kind].probe()).usable:
+            pytest.skip(f"needs {kind}: {probe.reason}")
         self.kind, self.layout, self.ranks, self.choose, self.clean = kind, layout, ranks, choose, clean
         self.poison = poison
         self.settings: dict[str, object] = {"window": "rounds", "staging_bytes": 1 << 20, **settings}

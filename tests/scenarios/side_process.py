@@ -15,6 +15,7 @@ from scenario_kit import SMALL, assert_same, books, rows
 import tensorferry as tf
 from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
+from tensorferry.backends._nixl_engine import Agent, Request
 
 
 class Side:
@@ -81,6 +82,14 @@ class Side:
             return submit(engine, session, source, target, nbytes)
 
         Engine.submit = held_submit  # type: ignore[method-assign]
+        request = Agent.submit
+
+        def held_request(agent: Agent, one: Request) -> bool:
+            self._held.set()
+            assert self._brake.wait(60)
+            return request(agent, one)
+
+        Agent.submit = held_request  # type: ignore[method-assign]
         transmit = _tcp_link.transmit
 
         def held_transmit(connection: socket.socket, buffers: Sequence[memoryview | bytes]) -> int:

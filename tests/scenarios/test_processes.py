@@ -19,7 +19,7 @@ SIZES: dict[str, object] = {"block_size": 16, "pool_blocks": 8, "first_grant": 6
 TOKENS = 1000
 
 
-@pytest.fixture(params=["mooncake", "shm", "tcp"])
+@pytest.fixture(params=["mooncake", "nixl", "shm", "tcp"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -49,7 +49,7 @@ def expected_statuses(rounds: Rounds) -> list[str]:
     ("kind", "chooser"),
     [
         *(("memory", name) for name in CHOOSERS),
-        *((kind, how) for kind in ("mooncake", "shm", "tcp") for how in ("best-fit", "random")),
+        *((kind, how) for kind in ("mooncake", "nixl", "shm", "tcp") for how in ("best-fit", "random")),
     ],
 )
 def test_every_length_arrives_in_the_rounds_that_its_grants_allow(

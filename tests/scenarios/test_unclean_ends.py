@@ -16,6 +16,7 @@ from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_s
 from tensorferry import errors
 from tensorferry.backends import _copier, _tcp_link
 from tensorferry.backends._mooncake_engine import Engine
+from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.core.transport import PeerState
 
 QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 0.8}
@@ -114,6 +115,7 @@ def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
     """F3 under a copy that has begun and hangs: its bytes come when the block has been given to somebody else."""
     held, go = threading.Event(), threading.Event()
     move, submit, transmit = _copier.memmove, Engine.submit, _tcp_link.transmit
+    request = Agent.submit
 
     def hang_first(destination: int, source: int, nbytes: int) -> object:
         hang()
@@ -127,6 +129,10 @@ def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
         hang()
         return transmit(connection, buffers)
 
+    def hang_first_request(agent: Agent, one: Request) -> bool:
+        hang()
+        return request(agent, one)
+
     def hang() -> None:
         if not held.is_set():
             held.set()
@@ -134,6 +140,7 @@ def test_what_lands_after_its_slab_was_replaced_lands_in_nobodys_memory(
 
     monkeypatch.setattr(_copier, "memmove", hang_first)
     monkeypatch.setattr(Engine, "submit", hang_first_submit)
+    monkeypatch.setattr(Agent, "submit", hang_first_request)
     monkeypatch.setattr(_tcp_link, "transmit", hang_first_transmit)
     with Quay(kind, **ROUNDS, **QUICK, slabs=4, choose=CHOOSERS["lowest-first"]) as quay:
         slow = quay.sender.send(1, **rows(TOKENS, seed=1, layout=SMALL))

@@ -95,7 +95,8 @@ REGION_BYTES = 4096
 OPENERS: dict[str, Callable[[], Transport]] = {
     "memory": lambda: MemoryTransport(MemoryOptions()),
     "mooncake": lambda: MooncakeTransport(MooncakeOptions(host="127.0.0.1")),
-    "nixl": lambda: NixlTransport(NixlOptions()),
+    # One worker: an agent starts in a third of the time.
+    "nixl": lambda: NixlTransport(NixlOptions(workers=1)),
     "shm": lambda: ShmTransport(ShmOptions()),
     # One connection: tests hold one post back and expect the next one to wait behind it.
     "tcp": lambda: TcpTransport(TcpOptions(connections=1)),
