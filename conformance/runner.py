@@ -90,7 +90,7 @@ class Bench:
 
     def close(self) -> None:
         if self._worker:
-            self._worker.end()
+            self._worker.close()
 
     def _find(self, rule: Rule) -> Finding:
         if rule.by:
@@ -150,6 +150,10 @@ class _Worker:
         if finding.message.startswith("timed out"):
             self.end()
         return finding
+
+    def close(self) -> None:
+        self.end()
+        self._stderr.close()
 
     def end(self) -> None:
         if self._process is None:
