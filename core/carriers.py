@@ -62,7 +62,7 @@ class Reach:
     """Transports that could not be connected although both sides have them: whether the peer can use them is unknown,
     so nothing that they cannot rule out counts as proved."""
     failures: int = field(default=0)
-    """Posts in a row that went wrong on the first lane."""
+    """Fresh starts in a row that the lane in use has cost: the posts of one hiccup count once."""
 
     @property
     def lane(self) -> Lane:
@@ -93,6 +93,27 @@ class Reach:
             return False
         self._put_last(self.lanes[0], viable=True, reason=f"the last resort: {reason}")
         return True
+
+    @property
+    def fallen(self) -> bool:
+        """A lane carries that was not the first choice: a better one was given up for a while."""
+        return self._best() is not self.lane
+
+    def prefer_again(self) -> bool:
+        """Give the best lane another chance: it may have been one hiccup of the network. False where it is in use."""
+        best = self._best()
+        if best is self.lane:
+            return False
+        self.failures = 0
+        self.lanes.remove(best)
+        self.lanes.insert(0, best)
+        told = next(v for v in self.verdicts if v.name == best.transport.name)
+        again = replace(told, reason=f"first choice, tried again: over {best.path}")
+        self.verdicts = [again, *(v for v in self.verdicts if v is not told)]
+        return True
+
+    def _best(self) -> Lane:
+        return min(self.lanes, key=lambda one: (one.barred is not None, preference(one.transport.name, one.path)))
 
     def _put_last(self, lane: Lane, *, viable: bool, reason: str) -> None:
         self.lanes.remove(lane)
@@ -301,6 +322,8 @@ class Carriers:
         """Use it no more, and close it: the endpoint has others."""
         log.warning("transport %s is not used: %s", transport.name, reason)
         self.transports.remove(transport)
+        if transport is getattr(self, "_allocator", None):  # what it allocated stays; the next slab is another's
+            self._allocator = self.transports[0]
         self.rejected.append(Verdict(transport.name, transport.path(), False, reason))
         transport.close()
 

@@ -26,8 +26,8 @@ from tensorferry.core.transport import Copy, RemoteRegion, Status, Transport
 log = logging.getLogger("tensorferry.sender")
 
 FALL_BACK_AFTER = 3
-"""Posts in a row that go wrong before the next transport carries. One bad write says little; the transfer has
-`max_bumps` fresh starts for all of them together."""
+"""Fresh starts in a row that a transport may cost before the next one carries. One bad write says little, and what was
+under way together with it says nothing more; the transfer has `max_bumps` fresh starts for all of them."""
 
 MOST_POSTS = 8
 """Posts under way to one receiver. More keep no transport busier, and a revoked grant's unposted rest costs nothing."""
@@ -63,6 +63,7 @@ class Posted:
     read: bool  # the caller's rows are not read any more: they were copied to the stage, or sent
     digests: dict[int, int]
     unknown: bool = False
+    mute: bool = False  # its transport cannot say whether the source is free, and that was logged
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ class Poster:
         self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
         self._posted: dict[int, Posted] = {}  # in the order of posting
         self._posts = 0
+        self._counted: dict[int, tuple[int, tuple[int, int]]] = {}  # by receiver: what its last failure covers
         self._over: set[int] = set()  # serials of transfers that have ended, as long as their rows are held
 
     def _plan(self, receiver: int, block: int) -> SlabPlan:
@@ -211,7 +213,7 @@ class Poster:
             log.log(logging.DEBUG if isinstance(problem, FerryError) else logging.ERROR, "post refused: %r", problem)
             error = problem if isinstance(problem, TransportError) else TransportError(f"a post was refused: {problem}")
             if target is not None and not isinstance(problem, OutOfBounds):  # which is about the place, not the way
-                self._went_wrong(write.receiver, target.reach.lane.transport, str(error.cause))
+                self._went_wrong(write, self._posts + 1, target.reach.lane.transport, str(error.cause))
             self._do(self._machine.write_failed(write.write, set(part.indices), error))
             return Outcome.OVER
         self._posts += 1
@@ -220,17 +222,23 @@ class Poster:
         )
         return Outcome.POSTED
 
-    def _went_wrong(self, receiver: int, transport: Transport, reason: str) -> None:
+    def _went_wrong(self, write: fx.PostWrite, number: int, transport: Transport, reason: str) -> None:
         """Count a failure of the transport in use; after a few in a row, the next one carries (a new epoch begins
         anyway, and what the old one may still write is fenced like any lost write)."""
+        receiver = write.receiver
         target = self.targets.get(receiver)
         if target is None or target.reach.lane.transport is not transport:
             return  # it carries no more
+        upto, epoch = self._counted.get(receiver, (0, (0, 0)))
+        if number <= upto or epoch == write.write[1:3]:
+            return  # it was under way, or in line, when the last failure was counted
+        self._counted[receiver] = self._posts, write.write[1:3]
         target.reach.failures += 1
         if target.reach.failures < FALL_BACK_AFTER or not target.reach.fall_back(reason):
             return
         carries = target.reach.lane.transport.name
         log.warning("%s failed %d times in a row (%s); %s carries", transport.name, FALL_BACK_AFTER, reason, carries)
+        self._counted.pop(receiver, None)
         self._do(self._machine.connected(receiver, None, via=carries))
 
     def _went_another_way(self, target: Target, posted: Posted) -> bool:
@@ -268,7 +276,7 @@ class Poster:
                 if posted.stage is not None and not drained:
                     self.staging.of(transport).strand(posted.stage)
                 error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
-                self._went_wrong(receiver, transport, error.cause)
+                self._went_wrong(posted.part.write, number, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))
             if not drained and not (posted.read and posted.stage is None) and self._source_free(posted):
                 posted.read = True
@@ -292,14 +300,16 @@ class Poster:
             self._do(self._machine.write_done(write, posted.digests))
         else:
             failed = TransportError("a write failed", transport=transport.name)
-            self._went_wrong(receiver, transport, failed.cause)
+            self._went_wrong(posted.part.write, number, transport, failed.cause)
             self._do(self._machine.write_failed(write, indices, failed))
 
     def _source_free(self, posted: Posted) -> bool:
         try:
             return posted.transport.source_free(posted.handle)
         except Exception:  # as with `poll`: what it does not tell is not known
-            log.exception("%s.source_free raised", posted.transport.name)
+            if not posted.mute:
+                posted.mute = True
+                log.exception("%s.source_free raised", posted.transport.name)
             return False
 
     def _settle(self, number: int, posted: Posted) -> None:

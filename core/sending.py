@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tensorferry.sender")
 
+PREFER_AGAIN_SECONDS = 30.0
+"""How long the next best transport carries before the best one has another chance."""
+
 _AUX = struct.Struct(f"<{AUX_WORDS}q")
 
 
@@ -252,6 +255,11 @@ class Sender(Endpoint):
                 self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
+        for receiver, target in self._poster.targets.items():
+            if target.reach.fallen:
+                keys.add(("fallen", receiver))
+                if watches.age(("fallen", receiver), now) > PREFER_AGAIN_SECONDS and target.reach.prefer_again():
+                    self._do(machine.connected(receiver, None, via=target.reach.lane.transport.name))
         for receiver in self._poster.targets.keys() - machine.receivers.keys():  # forgotten to make room for others
             self._poster.targets.pop(receiver).reach.disconnect()
         for receiver in self._heard.keys() - machine.receivers.keys():

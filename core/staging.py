@@ -112,7 +112,7 @@ class Staging:
 
     @property
     def free_bytes(self) -> int:
-        return self._arenas[-1].free_bytes
+        return self._arenas[-1].free_bytes if self._arenas else 0
 
     @property
     def taken_bytes(self) -> int:
@@ -155,9 +155,10 @@ class Staging:
         (given back before, or of another staging), and changes nothing."""
         arena = self._arena_of(stage)
         arena.give(stage)
-        if arena is not self._arenas[-1] and not arena.taken:
+        if not arena.taken and (self._closed or arena is not self._arenas[-1]):
             self._arenas.remove(arena)
-            self._retire(arena)
+            if not self._closed:
+                self._retire(arena)
 
     def strand(self, stage: Stage) -> None:
         """The write that reads this stage has an unknown outcome: nobody can say when it comes back, if ever.
@@ -182,6 +183,7 @@ class Staging:
             self._closed = True
             for arena in self._arenas:
                 self._retire(arena)
+            self._arenas = [arena for arena in self._arenas if arena.taken]  # the memory goes now, not with the cycle
 
     def _fresh(self) -> _Arena:
         if self.holds_rows:

@@ -320,6 +320,31 @@ def test_the_next_in_line_carries_after_a_fall_back_and_a_newer_hello_does_not_c
     assert lanes(again) == ["tcp", "acme", "shm"]
 
 
+def test_the_best_lane_has_another_chance() -> None:
+    carriers = Carriers([Named("shm", "memcpy"), Named("tcp"), Named("acme", "x")])
+    reach = carriers.reach(hello(("shm", "memcpy"), ("tcp", "tcp"), ("acme", "x")), "peer")
+    assert not reach.fallen
+    assert not reach.prefer_again()
+    reach.fall_back("three writes failed")
+    reach.fall_back("so did these")
+    assert lanes(reach) == ["acme", "shm", "tcp"]
+    assert reach.fallen
+    assert reach.prefer_again()
+    assert lanes(reach) == ["shm", "acme", "tcp"]
+    assert reasons(reach)["shm"] == "first choice, tried again: over memcpy"
+    assert not reach.fallen
+
+
+def test_what_the_allocator_is_does_not_outlive_its_rejection() -> None:
+    weak, strong = Named("weak", "rdma"), Named("strong")
+    carriers = Carriers([weak, strong])
+    carriers.reject(weak, "a test")
+    made: list[int] = []
+    strong.allocate = lambda nbytes, kind="cpu": made.append(nbytes) or PlainTransport.allocate(strong, nbytes)  # type: ignore[method-assign, func-returns-value]
+    carriers.allocate(64)
+    assert made == [64]
+
+
 def test_a_named_transport_is_never_replaced() -> None:
     reach = Carriers(Named("shm", "memcpy")).reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
     assert not reach.fall_back("three writes failed")

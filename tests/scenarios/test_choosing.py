@@ -140,6 +140,30 @@ def test_one_good_write_forgives_what_failed_before() -> None:
         assert received.transport == "shm"
 
 
+def test_one_hiccup_of_many_posts_counts_once() -> None:
+    """Eight posts are under way; a connection that breaks takes them all. That is one failure, not eight."""
+    bad = faulty()
+    bad.script = lambda n: FAIL if n < 8 else WRITE
+    with Sides([bad, memory()], [shm(), memory()], slabs=8) as sides:
+        _, received = sides.carry()
+        assert received.transport == "shm"
+        assert bad.posts > 8
+
+
+def test_what_was_given_up_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "PREFER_AGAIN_SECONDS", 0.2)
+    bad = faulty()
+    bad.script = lambda n: FAIL
+    with Sides([bad, memory()], [shm(), memory()]) as sides:
+        _, received = sides.carry()
+        assert received.transport == "memory"
+        bad.script = lambda n: WRITE
+        reach = next(iter(sides.sender._poster.targets.values())).reach
+        eventually(lambda: not reach.fallen)
+        _, received = sides.carry(2)
+        assert received.transport == "shm"
+
+
 def test_with_one_transport_there_is_nothing_to_fall_back_to() -> None:
     bad = faulty()
     bad.script = lambda n: FAIL
