@@ -72,7 +72,7 @@ def main() -> int:
         importlib.import_module(f"tensorferry.{name}")
     module, _, attribute = target.partition(":")
     before = state()
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     told: dict[str, Any] = {}
     try:
         found: Any = importlib.import_module(module)
@@ -80,7 +80,7 @@ def main() -> int:
             found = getattr(found, part)
         if what == "probe":
             before = state()
-            begun = time.monotonic()
+            begun, worked = time.monotonic(), time.process_time()
             answer = found.probe()
             told["answer"] = f"{type(answer).__module__}.{type(answer).__name__}"
             told["readiness"] = str(getattr(answer, "readiness", ""))
@@ -89,6 +89,7 @@ def main() -> int:
     except BaseException as error:  # noqa: BLE001 - SystemExit too: it is what is told
         told["raised"] = f"{type(error).__name__}: {error}"
     told["seconds"] = time.monotonic() - begun
+    told["cpu"] = time.process_time() - worked
     if what == "probe":
         time.sleep(0.2)  # threads that are on their way out
     json.dump(told | changes(before, state()), own)

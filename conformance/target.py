@@ -47,6 +47,8 @@ def resolve(what: str | type[Transport] | Factory, options: Mapping[str, object]
     if isinstance(what, str) and ":" not in what:
         plugin = next((p for p in registry.available() if p.name == what), None)
         cls = registry.load(what)
+        if given:
+            _typed(cls, given)  # said now, and not by the first check that opens it
         return Target(
             what,
             lambda: registry.open_transport(what, given),
@@ -72,6 +74,8 @@ def _found(thing: Any, path: str, options: dict[str, Any]) -> Target:
         if not issubclass(thing, Transport):
             raise ConfigError(f"{path or thing} is not a Transport")
         name = getattr(thing, "name", thing.__name__)
+        if options:
+            _typed(thing, options)
         return Target(str(name), lambda: thing(_typed(thing, options)), thing, spec, options=options)
     if not callable(thing):
         raise ConfigError(f"{path} is a {type(thing).__name__}, neither a Transport nor a callable that opens one")

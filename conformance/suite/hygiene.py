@@ -183,8 +183,8 @@ def reads_is_reserved(stage: Stage) -> None:
 @check("HYG-11", joined=False, seconds=120)
 def import_is_cheap(stage: Stage) -> None:
     told = _fresh(stage, "import")
-    stage.note("seconds", f"{told['seconds']:.3f}")
-    stage.expect(told["seconds"] < IMPORT_S, f"importing the class takes {told['seconds']:.1f} s")
+    stage.note("seconds of processor time", f"{told['cpu']:.3f}")
+    stage.expect(told["cpu"] < IMPORT_S, f"importing the class takes {told['cpu']:.1f} s of processor time")
     for name in ("environment", "threads", "children"):
         stage.expect(not told[name], f"importing the class changes {name}: {', '.join(map(str, told[name]))}")
 

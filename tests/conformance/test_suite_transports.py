@@ -1,0 +1,49 @@
+"""The first-party transports keep every rule, and so do transports that are right in other ways."""
+
+from __future__ import annotations
+
+import pytest
+from correct import CORRECT
+
+from tensorferry.conformance import Verdict, run
+from tensorferry.conformance.runner import Report
+from tensorferry.core.transport import Transport
+
+# What takes a hook that no first-party transport has, or a state that they do not come into by themselves.
+OPEN = {"CON-7", "PEE-8", "FEN-2", "ERR-5", "FEN-6", "FEN-7"}
+
+OPTIONS = {"mooncake": {"host": "127.0.0.1"}}
+
+
+def failures(report: Report) -> list[str]:
+    return [f"{f.rule}: {f.message}" for f in report.of(Verdict.FAIL)] + report.defects
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["memory", "mooncake", "shm", "tcp"])
+def test_a_first_party_transport_keeps_every_rule(name: str) -> None:
+    if name == "mooncake":
+        pytest.importorskip("mooncake", reason="needs mooncake: the engine is not installed")
+    report = run(name, OPTIONS.get(name), tier="verify", seed=20)
+    assert failures(report) == []
+    assert report.exit_code(strict=True) == 0
+    assert {finding.rule for finding in report.of(Verdict.INCONCLUSIVE)} <= OPEN
+    assert len(report.of(Verdict.PASS)) > 100
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("cls", CORRECT, ids=lambda cls: cls.name)
+def test_a_transport_that_is_right_in_another_way_passes(cls: type[Transport]) -> None:
+    report = run(cls, tier="quick", seed=21, rules="XFR,BND,VIS,ORD,ERR,CAN,THR,WAK,HYG-8,RES-3,RES-4,WM,INT,CN")
+    assert failures(report) == []
+    needed = {"flushing": ("VIS-3", "INT-3", "BND-11"), "locked": ("THR-1",), "plain": ("BND-11",)}
+    passed = {finding.rule for finding in report.of(Verdict.PASS)}
+    assert passed.issuperset(needed.get(cls.name, ()))
+
+
+def test_what_is_not_declared_does_not_apply() -> None:
+    plain = CORRECT[0]
+    report = run(plain, tier="quick", rules="CAN,WAK,FEN-1,HYG-8,REG-8,VIS-3")
+    verdicts = {finding.rule: finding.verdict for finding in report.findings}
+    assert verdicts.pop("HYG-8") is Verdict.PASS
+    assert set(verdicts.values()) == {Verdict.NOT_APPLICABLE}
