@@ -60,7 +60,7 @@ def value(kind: schema.Type, rng: Random) -> Any:
         return rng.random() < 0.5
     if isinstance(kind, schema.BytesType):
         low, high = kind.min_length or 0, kind.max_length if kind.max_length is not None else 64
-        return rng.randbytes(rng.choice((low, min(high, low + 16), min(high, 64), rng.randint(low, min(high, 4096)))))
+        return rng.randbytes(rng.choice((low, min(high, low + 16), rng.randint(low, min(high, low + 4096)))))
     if isinstance(kind, schema.StrType):
         low, high = kind.min_length or 0, kind.max_length if kind.max_length is not None else 64
         return "".join(rng.choice("ab\u00e9\u4e2d") for _ in range(rng.randint(low, min(high, 40))))

@@ -134,6 +134,8 @@ PROFILES: dict[str, Profile] = {
                 groups=1.0, sender_crashes=1, receiver_crashes=1, cancels=1, late=0.1),
         Profile("rank-partitions", "ranks that are cut off for long", loss=0.02, ghost=0.05, groups=1.0, partitions=3,
                 longest_partition=8.0, suspicions=1, spread=2.0, storm=(3.0, 9.0)),
+        Profile("deaf", "links that carry little, and one way only for long", loss=0.4, partitions=3,
+                longest_partition=7.0, late=0.4, spread=2.0, storm=(3.0, 8.0), groups=0.05),
         _CHAOS,
     )
 }  # fmt: skip
