@@ -126,7 +126,9 @@ class Agent:
 
     def register(self, memory: Memory) -> None:
         """Raises TransportError. The GIL is released."""
-        entries = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(memory.address, memory.nbytes, 0, "")])
+        # One by one: given a list, the binding first asks numpy whether it is an array, and imports it for that.
+        entries = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, 0)
+        entries.addDesc((memory.address, memory.nbytes, 0, ""))
         try:
             self._agent.registerMem(entries, [self._backend])
         except Exception as error:
@@ -180,8 +182,10 @@ class Agent:
     def prepare(self, name: str, pieces: Sequence[Piece]) -> Request:
         """A request that is not under way yet. Raises what the engine raises where it knows no such memory."""
         nixl = self._nixl
-        local = nixl.nixlXferDList(nixl.DRAM_SEG, [(source, nbytes, 0) for source, _, nbytes in pieces])
-        remote = nixl.nixlXferDList(nixl.DRAM_SEG, [(target, nbytes, 0) for _, target, nbytes in pieces])
+        local, remote = nixl.nixlXferDList(nixl.DRAM_SEG, 0), nixl.nixlXferDList(nixl.DRAM_SEG, 0)
+        for source, target, nbytes in pieces:
+            local.addDesc((source, nbytes, 0))
+            remote.addDesc((target, nbytes, 0))
         return Request(self, self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, name, "", [self._backend]))
 
     def submit(self, request: Request) -> bool:

@@ -60,6 +60,8 @@ class Job:
     status: Status = Status.PENDING
     cancelled: bool = False
     under_way: int = 0
+    retried: bool = False
+    """The engine knew no such memory at first; the peer's metadata was taken in anew for it."""
     dropped: bool = False
     """Some of it was not submitted and will not be."""
 

@@ -433,9 +433,13 @@ class Worker:
         batch = job.batches.popleft()
         try:
             request = self._agent.prepare(target.told.agent, batch)
-        except Exception as error:  # noqa: BLE001 - the engine knows no such memory, or the pair is spoilt
-            self._give_up(target, f"the engine refuses it: {error}", lambda one: one is job)
-            self._suspect(target)
+        except Exception as error:  # noqa: BLE001 - it knows no such memory, or has forgotten the peer by itself
+            target.ready, target.learnt = False, -1
+            if job.retried:
+                self._give_up(target, f"the engine refuses it: {error}", lambda one: one is job)
+            else:
+                job.batches.appendleft(batch)
+                job.retried = True
             return
         submit = Submit(job, request)
         target.moved_at = time.monotonic() if not target.under_way else target.moved_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -38,6 +39,25 @@ class Peer:
 
     def digest(self) -> str:
         return hashlib.sha256(self.regions[-1].memory.view()).hexdigest()
+
+    def bytes_there(self) -> str:
+        """Which values the bytes of the last region have."""
+        return bytes(sorted(set(bytes(self.regions[-1].memory.view())))).hex()
+
+    def drop_first(self) -> bool:
+        """Forget the first region's memory, as if every reference to it had gone; is its address still taken?"""
+        assert isinstance(self.transport, NixlTransport)
+        region = self.regions.pop(0)
+        address = region.memory.address
+        self.transport.retire(region)
+        self.transport._retired.pop(region.memory)
+        self.transport._agent.unregister(region.memory)
+        del region
+        gc.collect()
+        with open("/proc/self/maps", encoding="ascii") as maps:
+            rows = [line.split()[:2] for line in maps]
+        ranges = [(*(int(end, 16) for end in where.split("-")), access) for where, access in rows]
+        return any(low <= address < high and access == "---p" for low, high, access in ranges)
 
     def connect(self, descriptor: str) -> None:
         self.peer = self.transport.connect(bytes.fromhex(descriptor))

@@ -1,0 +1,420 @@
+"""The nixl transport between processes: what lands, what is noticed, and who is not held up by whom.
+
+Each test runs over copies between the processes (UCX's own choice on one host), over TCP, or over both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import msgspec
+import pytest
+from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
+
+from tensorferry.backends import _nixl_poster
+from tensorferry.backends._nixl_engine import Agent, Request
+from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
+from tensorferry.core.errors import TransportError, TransportMismatch
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status
+
+Start = Callable[..., Process]
+
+pytestmark = pytest.mark.timeout(120)
+
+MUCH = 48 << 20
+"""More than the kernel's buffers between two processes hold."""
+
+BOTH = pytest.mark.parametrize("way", ["memcpy", "tcp"], indirect=True)
+COPIES = pytest.mark.parametrize("way", ["memcpy"], indirect=True)
+SOCKETS = pytest.mark.parametrize("way", ["tcp"], indirect=True)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> str:
+    need("nixl")
+    return str(request.param)
+
+
+@pytest.fixture
+def there(process: Start, way: str) -> Start:
+    return partial(process, kind="nixl", require=way)
+
+
+@pytest.fixture
+def here(way: str) -> Iterator[NixlTransport]:
+    """Impatient: a peer has a second to go on with a write, and a little longer to answer at first contact."""
+    transport = NixlTransport(NixlOptions(require=way, contact_timeout=1.5, progress_timeout=1.0))
+    yield transport
+    transport.close()
+
+
+def post(transport: NixlTransport, peer: NixlPeer, region: list[int], local: Region | Memory) -> int:
+    nbytes = local.memory.nbytes if isinstance(local, Region) else local.nbytes
+    return transport.post(peer, [Copy(local, 0, RemoteRegion(*region), 0, nbytes)])
+
+
+def one_byte(transport: NixlTransport, peer: NixlPeer, region: list[int]) -> int:
+    return post(transport, peer, region, source(transport, b"x"))
+
+
+def changed(descriptor: bytes, **fields: Any) -> bytes:
+    """The descriptor of another instance: the same agent, as somebody else would tell of it."""
+    names = ("kind", "version", "instance", "revision", "agent", "backend", "ways", "ports", "host")
+    values = msgspec.msgpack.decode(descriptor)
+    values[2] = os.urandom(16)
+    for name, value in fields.items():
+        values[names.index(name)] = value
+    return msgspec.msgpack.encode(values)
+
+
+def abroad(descriptor: bytes) -> bytes:
+    """As if the process were on another host: nothing is proved of its end."""
+    return changed(descriptor, host=["another boot", 1, 1, 1])
+
+
+# ---- all is well ---------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_both_sides_write_into_each_other_and_the_path_is_known(here: NixlTransport, there: Start, way: str) -> None:
+    other = there()
+    nbytes = (9 << 20) + 17
+    ours = here.register(here.allocate(nbytes))
+    theirs = other.ask("share", nbytes=nbytes)
+    other.ask("connect", descriptor=here.describe().hex())
+    peer = here.connect(other.describe())
+    status, written = other.ask("write", region=[ours.id, ours.generation], seed=1, nbytes=nbytes)
+    assert status == "DONE"
+    assert hashlib.sha256(ours.memory.view()).hexdigest() == written
+    data = os.urandom(nbytes)
+    for _ in range(20):
+        assert ended(here, post(here, peer, theirs, source(here, data))) is Status.DONE
+    assert other.ask("digest") == hashlib.sha256(data).hexdigest()
+    assert here.path(peer) == way
+    assert here.path() == way
+    # The engine's own behaviour says so too: a copy is over when its post returns, and nothing else is.
+    assert peer.target.at_once is (way == "memcpy")
+
+
+@BOTH
+def test_a_restarted_peer_is_another_peer(here: NixlTransport, there: Start, way: str) -> None:
+    first = there()
+    region = first.ask("share", nbytes=4096)
+    peer = here.connect(first.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    first.end()
+    second = there()
+    region = second.ask("share", nbytes=4096)
+    again = here.connect(second.describe())
+    assert again is not peer
+    assert again.target.told.agent != peer.target.told.agent
+    assert ended(here, one_byte(here, again, region)) is Status.DONE
+    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+
+
+# ---- peers that do not answer --------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_killed_peer_is_gone_what_was_under_way_is_drained_by_that_and_others_go_on(
+    here: NixlTransport, there: Start, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    doomed, living = there(), there()
+    region, other_region = doomed.ask("share", nbytes=MUCH), living.ask("share", nbytes=1)
+    peer, other = here.connect(doomed.describe()), here.connect(living.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    assert here.peer_state(peer) is PeerState.ALIVE
+    submit, begun = Agent.submit, threading.Event()
+
+    def kill_first(agent: Agent, request: Request) -> bool:
+        if not begun.is_set():
+            begun.set()
+            doomed.signal(signal.SIGKILL)
+            doomed.popen.wait()
+        return submit(agent, request)
+
+    monkeypatch.setattr(Agent, "submit", kill_first)
+    handle = post(here, peer, region, source(here, bytes(MUCH)))
+    woken: list[Status] = []
+    here.on_progress(lambda: woken.append(here.poll(handle)))
+    assert over(here, handle) in (Status.UNKNOWN, Status.FAILED)
+    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+    eventually(lambda: here.drained(handle))
+    here.release(handle)
+    with pytest.raises(TransportError, match="ended"):
+        one_byte(here, peer, region)
+    assert ended(here, one_byte(here, other, other_region)) is Status.DONE
+
+
+@COPIES
+def test_a_stopped_process_is_written_to_all_the_same(here: NixlTransport, there: Start) -> None:
+    """The kernel copies into its memory; nothing of it has to run."""
+    stopped = there()
+    region = stopped.ask("share", nbytes=MUCH)
+    peer = here.connect(stopped.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    stopped.stop()
+    assert ended(here, post(here, peer, region, source(here, b"\x55" * MUCH))) is Status.DONE
+    assert here.peer_state(peer) is PeerState.ALIVE
+    stopped.signal(signal.SIGCONT)
+    assert stopped.ask("digest") == hashlib.sha256(b"\x55" * MUCH).hexdigest()
+
+
+@SOCKETS
+def test_a_write_to_a_peer_that_is_stopped_is_given_up_its_source_is_free_and_the_pair_is_rebuilt(
+    here: NixlTransport, there: Start
+) -> None:
+    """The engine itself waits for ever, and reads the source for as long."""
+    stopped, running = there(), there()
+    region, other_region = stopped.ask("share", nbytes=MUCH), running.ask("share", nbytes=4096)
+    peer, other = here.connect(stopped.describe()), here.connect(running.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    stopped.stop()
+    local = source(here, b"\x55" * MUCH)
+    handle = post(here, peer, region, local)
+    behind = one_byte(here, peer, region)
+    for _ in range(50):
+        assert ended(here, one_byte(here, other, other_region)) is Status.DONE
+    assert over(here, handle) is Status.UNKNOWN
+    assert not here.drained(handle), "its bytes are in the stopped process's kernel"
+    eventually(lambda: here.source_free(handle))
+    assert isinstance(local, Region)
+    local.memory.view()[:] = b"\xaa" * MUCH
+    assert here.peer_state(peer) is PeerState.ALIVE
+    assert over(here, behind) in (Status.FAILED, Status.UNKNOWN)
+    stopped.signal(signal.SIGCONT)
+    handles = []
+
+    def written_again() -> bool:
+        handles.append(one_byte(here, peer, region))
+        return over(here, handles[-1]) is Status.DONE
+
+    eventually(written_again, "a write to it once it runs again")
+    assert b"\xaa" not in bytes.fromhex(stopped.ask("bytes_there")), "nothing was sent that was put there later"
+    assert not here.drained(handle)
+
+
+@BOTH
+def test_a_peer_that_is_stopped_at_first_contact_gets_no_write_and_disturbs_no_other(
+    here: NixlTransport, there: Start, way: str
+) -> None:
+    stopped, running = there(), there()
+    region, other_region = stopped.ask("share", nbytes=4096), running.ask("share", nbytes=4096)
+    descriptor = stopped.describe()
+    stopped.stop()
+    peer, other = here.connect(descriptor), here.connect(running.describe())
+    handle = one_byte(here, peer, region)
+    assert ended(here, one_byte(here, other, other_region)) is Status.DONE
+    assert ended(here, handle) is Status.FAILED
+    assert here.drained(handle), "nothing but the byte for its doorstep was under way"
+    assert here.peer_state(peer) is PeerState.ALIVE
+    stopped.signal(signal.SIGCONT)
+    eventually(lambda: over(here, one_byte(here, peer, region)) is Status.DONE)
+
+
+@BOTH
+def test_a_peer_that_never_was_there_fails_and_nothing_was_submitted(
+    here: NixlTransport, there: Start, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = there()
+    region, descriptor = once.ask("share", nbytes=4096), once.describe()
+    once.end()
+    monkeypatch.setattr(Agent, "submit", lambda *_: pytest.fail("something was submitted"))
+    if way == "memcpy":
+        with pytest.raises(TransportMismatch, match="memcpy is required"):
+            here.connect(descriptor)
+        return
+    with pytest.raises(TransportError, match="ended"):
+        one_byte(here, here.connect(descriptor), region)
+    peer = here.connect(abroad(descriptor))
+    handle = one_byte(here, peer, region)
+    assert ended(here, handle) is Status.FAILED
+    assert here.drained(handle)
+    assert here.peer_state(peer) is PeerState.UNKNOWN
+
+
+@SOCKETS
+def test_of_a_peer_of_another_host_no_end_is_proved(here: NixlTransport, there: Start) -> None:
+    far = there()
+    region = far.ask("share", nbytes=MUCH)
+    peer = here.connect(abroad(far.describe()))
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    far.stop()
+    handle = post(here, peer, region, source(here, bytes(MUCH)))
+    far.end()
+    assert over(here, handle) is Status.UNKNOWN
+    assert here.peer_state(peer) is PeerState.UNKNOWN
+    assert not here.drained(handle)
+    assert ended(here, one_byte(here, peer, region)) is Status.FAILED
+
+
+@SOCKETS
+def test_a_dead_peer_is_gone_only_when_all_that_it_sent_is_in_memory(here: NixlTransport, there: Start) -> None:
+    """What lies in our kernel is placed after its death: here for as long as this side is stopped."""
+    stopped, doomed = there(), there()
+    region = stopped.ask("share", nbytes=MUCH)
+    stopped.ask("connect", descriptor=doomed.describe().hex())
+    doomed.ask("connect", descriptor=stopped.describe().hex())
+    assert doomed.ask("write", region=region, seed=1, nbytes=8)[0] == "DONE"
+    stopped.stop()
+    doomed.tell("write", region=region, seed=2, nbytes=MUCH)
+    eventually(lambda: unread(stopped.pid) > 100_000, "bytes in the stopped side's kernel")
+    doomed.end()
+    stopped.signal(signal.SIGCONT)
+    eventually(lambda: stopped.ask("state") == "gone")
+    digest = stopped.ask("digest")
+    assert unread(stopped.pid) == 0
+    assert stopped.ask("digest") == digest
+
+
+def unread(pid: int) -> int:
+    """Bytes that lie unread in the TCP sockets of a process."""
+    mine = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            mine.add(os.readlink(f"/proc/{pid}/fd/{name}").removeprefix("socket:[").removesuffix("]"))
+        except OSError:
+            continue
+    with open("/proc/net/tcp", encoding="ascii") as table:
+        rows = [line.split() for line in table.readlines()[1:]]
+    return sum(int(row[4].partition(":")[2], 16) for row in rows if row[9] in mine and row[3] != "0A")
+
+
+# ---- the engine's own troubles -------------------------------------------------------------------------------
+
+
+@COPIES
+def test_a_thread_that_does_not_come_back_from_the_engine_holds_up_no_other_peer_and_not_the_end(
+    there: Start, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(_nixl_poster, "STUCK_S", 0.5)
+    monkeypatch.setattr(_nixl_poster, "GLANCE_S", 0.2)
+    monkeypatch.setattr("tensorferry.backends.nixl.CLOSE_TIMEOUT_S", 0.5)
+    first, second = there(), there()
+    regions = [first.ask("share", nbytes=4096), second.ask("share", nbytes=4096)]
+    transport = NixlTransport(NixlOptions(require=way, progress_timeout=0.5))
+    peers = [transport.connect(first.describe()), transport.connect(second.describe())]
+    for peer, region in zip(peers, regions, strict=True):
+        assert ended(transport, one_byte(transport, peer, region)) is Status.DONE
+    submit, go, once = Agent.submit, threading.Event(), threading.Lock()
+
+    def hang_once(agent: Agent, request: Request) -> bool:
+        if once.acquire(blocking=False):
+            go.wait(PATIENCE_S * 3)
+        return submit(agent, request)
+
+    monkeypatch.setattr(Agent, "submit", hang_once)
+    handle = one_byte(transport, peers[0], regions[0])
+    eventually(lambda: transport._crew.workers[0].called_at)
+    assert ended(transport, one_byte(transport, peers[1], regions[1])) is Status.DONE
+    assert over(transport, handle) is Status.UNKNOWN
+    assert not transport.drained(handle)
+    assert not transport.source_free(handle)
+    with pytest.raises(TransportError, match="does not come back"):
+        transport.register(transport.allocate(4096))
+    transport.close()
+    assert transport.poll(handle) is Status.UNKNOWN
+    go.set()
+    transport._crew.workers[0].thread.join(PATIENCE_S)
+
+
+@BOTH
+def test_close_with_a_stopped_peer_ends_and_says_unknown(here: NixlTransport, there: Start, way: str) -> None:
+    stopped = there()
+    region = stopped.ask("share", nbytes=MUCH)
+    peer = here.connect(stopped.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    stopped.stop()
+    handle = post(here, peer, region, source(here, bytes(MUCH)))
+    eventually(lambda: peer.target.under_way or here.poll(handle) is not Status.PENDING)
+    here.close()
+    assert not any(worker.thread.is_alive() for worker in here._crew.workers)
+    if way == "tcp":
+        assert here.poll(handle) is Status.UNKNOWN
+        assert not here.drained(handle)
+        assert here.source_free(handle)
+        stopped.signal(signal.SIGKILL)
+        eventually(lambda: here.drained(handle), "the peer's end drains it, also after close")
+    else:
+        assert here.poll(handle) in (Status.DONE, Status.FAILED)
+
+
+@COPIES
+def test_a_region_stays_registered_until_no_peer_is_left_that_knew_it(here: NixlTransport, there: Start) -> None:
+    writer = there()
+    peer = here.connect(writer.describe())
+    region = here.register(here.allocate(4096))
+    writer.ask("connect", descriptor=here.describe().hex())
+    here.retire(region)
+    status, _ = writer.ask("write", region=[region.id, region.generation], seed=1, nbytes=4096)
+    assert status == "DONE", "others' writes into a suspect slab end as they should"
+    assert region.memory.address in here._agent._memory
+    writer.end()
+    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+    assert region.memory.address not in here._agent._memory
+    again = here.register(region.memory)
+    assert again.generation > region.generation
+
+
+@COPIES
+def test_a_write_to_memory_that_its_owner_has_given_back_reaches_nobody_else(here: NixlTransport, there: Start) -> None:
+    """Deregistering stops no copy: only what is at the address does. Then the pair is rebuilt."""
+    owner = there()
+    region, kept = owner.ask("share", nbytes=1 << 20), owner.ask("share", nbytes=4096)
+    peer = here.connect(owner.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    assert owner.ask("drop_first"), "its addresses are held, and hold nothing"
+    handle = post(here, peer, region, source(here, b"!" * (1 << 20)))
+    assert over(here, handle) is Status.UNKNOWN
+    assert owner.popen.poll() is None
+    eventually(lambda: over(here, one_byte(here, peer, kept)) is Status.DONE, "the pair works again")
+    assert here.path(peer) == "memcpy"
+
+
+@BOTH
+def test_a_forked_child_cannot_use_what_it_inherited_and_ends(there: Start, here: NixlTransport, way: str) -> None:
+    other = there()
+    answers = other.ask("fork_and_use")
+    assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
+    region = other.ask("share", nbytes=4096)
+    assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
+
+
+# ---- the process ---------------------------------------------------------------------------------------------
+
+ENDS = {
+    "closed": "t.close()",
+    "left open": "",
+    "dropped": "del t; gc.collect()",
+    "forked": "pid = os.fork(); pid and os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])); del t",
+}
+
+
+@pytest.mark.parametrize("modules", [None, "all"], ids=["default", "with the InfiniBand modules"])
+@pytest.mark.parametrize("how", ENDS.values(), ids=ENDS.keys())
+def test_a_process_ends_cleanly_and_quietly(how: str, modules: str | None) -> None:
+    """With the InfiniBand modules the wheel's libraries and the system's end in the same process: that crashed."""
+    need("nixl")
+    program = (
+        "import gc, os, sys\n"
+        "from tensorferry.backends.nixl import NixlOptions, NixlTransport\n"
+        "t = NixlTransport(NixlOptions(workers=1))\n"
+        "t.register(t.allocate(4096))\n"
+        "assert not {'torch', 'numpy', 'nixl_cu12._api', 'nixl_cu13._api'} & set(sys.modules)\n" + how
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "NIXL_"))}
+    if modules:
+        environment["UCX_MODULES"] = modules
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=60, env=environment, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
