@@ -18,9 +18,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tensorferry.backends._copier import Batch, Copier
 from tensorferry.backends._descriptor import MAX_REGIONS
-from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping, check_available
+from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping
 from tensorferry.core.errors import BadCall, OutOfBounds, TransportError, Unsupported
-from tensorferry.core.memory import Memory
+from tensorferry.core.memory import Memory, check_available
 from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Status, Transport
 
 log = logging.getLogger("tensorferry.backends")

@@ -29,7 +29,7 @@ from tensorferry.backends._copier import Batch
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import HostCopyTransport, HostPeer
-from tensorferry.backends._mapping import Mapping, check_available
+from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._shm_courier import Courier
 from tensorferry.backends._shm_link import Link
 from tensorferry.core.errors import (
@@ -39,7 +39,7 @@ from tensorferry.core.errors import (
     TransportUnavailable,
     Unsupported,
 )
-from tensorferry.core.memory import Memory
+from tensorferry.core.memory import Memory, check_available
 from tensorferry.core.transport import (
     Capabilities,
     Fence,

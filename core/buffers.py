@@ -15,9 +15,9 @@ import torch
 
 from tensorferry.core.carriers import Carriers, Regions
 from tensorferry.core.digest import digest
-from tensorferry.core.errors import BadCall, InternalError, TooLarge
+from tensorferry.core.errors import BadCall, ConfigError, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, destination_bytes, slab_plan
-from tensorferry.core.memory import Memory, advise_huge_pages, copy_bytes
+from tensorferry.core.memory import Memory, advise_huge_pages, available_bytes, copy_bytes
 
 
 class Gathered:
@@ -177,7 +177,8 @@ class PoolBuffers:
 
     `poison`: a debugging aid, off by default. Freed blocks are filled with a pattern and `check_poison` looks for it
     when they are granted, so that a write to a block that nobody had been granted is seen at the victim.
-    One thread only (the endpoint's I/O thread). Where there is not memory for all, nothing stays registered.
+    One thread only (the endpoint's I/O thread). Where there is not memory for all, nothing stays registered: raises
+    ConfigError before the first page is taken where that is known, and what the transport raises where it is not.
     """
 
     def __init__(self, carriers: Carriers, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
@@ -187,6 +188,7 @@ class PoolBuffers:
         self.poisoning = poison
         self._carriers = carriers
         self._slabs: list[_Slab] = []
+        _check_fits(layout, geometry)
         with ExitStack() as undo:
             undo.callback(self.close)
             for slab in range(geometry.slab_count):
@@ -320,3 +322,16 @@ class PoolBuffers:
         word = (0xF3DEADF0_0000_0000 | block).to_bytes(8, "little")
         for start, nbytes in pieces:
             yield slab.view[start : start + nbytes], (word * (nbytes // 8 + 1))[:nbytes]
+
+
+def _check_fits(layout: Layout, geometry: Geometry) -> None:
+    """Raises ConfigError where the whole pool is more than can be had. Each slab alone may well fit, and taking them
+    one by one would end in the kernel killing processes of its own choice."""
+    wanted = sum(slab_plan(layout, geometry, slab).nbytes for slab in range(geometry.slab_count))
+    if wanted > (available := available_bytes()):
+        raise ConfigError(
+            f"a pool of {geometry.pool_blocks} blocks of {geometry.block_size} tokens takes {wanted} bytes, and about "
+            f"{available} are available",
+            hint=f"A token of this layout takes {layout.token_bytes} bytes: lower pool_blocks, or block_size on both "
+            "sides",
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -81,6 +83,60 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
     for start in range(0, len(source), COPY_CHUNK):
         stop = start + COPY_CHUNK
         target[start:stop] = source[start:stop]
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _field(path: str, name: str) -> int:
+    """The number behind a name in a file of such lines; 0 where it is not there."""
+    try:
+        with open(path, encoding="ascii") as file:
+            for line in file:
+                words = line.split()
+                if words and words[0] == name:
+                    return int(words[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return 0
+
+
+def available_bytes() -> int:
+    """How much memory can be had, by the kernel's own estimate and by the limit of the container (cgroup 1 and 2).
+
+    The page cache that can be dropped counts as available. Without /proc: no limit.
+    """
+    group = "/sys/fs/cgroup"
+    answers = [_field("/proc/meminfo", "MemAvailable:") * 1024 or sys.maxsize]
+    for limit, used, stat, name in (
+        (f"{group}/memory.max", f"{group}/memory.current", f"{group}/memory.stat", "inactive_file"),
+        (
+            f"{group}/memory/memory.limit_in_bytes",
+            f"{group}/memory/memory.usage_in_bytes",
+            f"{group}/memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        most, now = _number(limit), _number(used)
+        if most is not None and now is not None:
+            answers.append(max(0, most - now + _field(stat, name)))
+    return min(answers)
+
+
+def check_available(nbytes: int) -> None:
+    """Raises OSError where so much memory is not to be had.
+
+    Bringing in pages of shared memory that is not there does not fail: the kernel kills processes until it is, and
+    which ones is its own choice.
+    """
+    available = available_bytes()
+    if nbytes > available:
+        raise OSError(errno.ENOMEM, f"{nbytes} bytes are wanted and about {available} are available")
 
 
 _libc = ctypes.CDLL(None)

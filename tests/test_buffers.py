@@ -21,10 +21,11 @@ from memory_kit import (
     write,
 )
 
+from tensorferry.core import buffers
 from tensorferry.core.buffers import Destination, Gathered, Graveyard, PoolBuffers, Result
 from tensorferry.core.carriers import Carriers
 from tensorferry.core.digest import block_seed, digest
-from tensorferry.core.errors import BadCall, InternalError, TooLarge
+from tensorferry.core.errors import BadCall, ConfigError, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, destination_bytes, embedding_layout, slab_plan
 from tensorferry.core.memory import host_memory
 from tensorferry.core.source import Source
@@ -397,6 +398,21 @@ def test_late_bytes_into_a_replaced_slab_reach_nobody() -> None:
     pool.graveyard.exhume("peer")
     gc.collect()
     assert memory() is None
+
+
+def test_a_pool_that_does_not_fit_as_a_whole_is_refused_before_its_first_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each slab alone would fit. Taken one by one they end in the kernel killing processes of its own choice."""
+    wanted = sum(slab_plan(LAYOUT, GEOMETRY, slab).nbytes for slab in range(GEOMETRY.slab_count))
+    transport = PlainTransport()
+    monkeypatch.setattr(buffers, "available_bytes", lambda: wanted - 1)
+    with pytest.raises(
+        ConfigError, match=f"8 blocks of 128 tokens takes {wanted} bytes, .* {wanted - 1} are"
+    ) as caught:
+        PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY)
+    assert "pool_blocks" in caught.value.hint
+    assert transport.registered == 0
+    monkeypatch.setattr(buffers, "available_bytes", lambda: wanted)
+    assert PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY).nbytes == wanted
 
 
 def test_if_there_is_no_memory_for_a_new_slab_the_old_one_stays() -> None:

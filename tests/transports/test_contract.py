@@ -35,7 +35,8 @@ from transport_ends import (
 )
 from transport_ends import source as source_of
 
-from tensorferry.backends import _copier, _descriptor, _hostcopy, _mapping
+from tensorferry.backends import _copier, _descriptor, _hostcopy
+from tensorferry.core import memory as memory_module
 from tensorferry.core.errors import (
     BadCall,
     OutOfBounds,
@@ -271,7 +272,7 @@ def test_memory_that_is_not_to_be_had_is_refused_before_a_page_is_taken(
 ) -> None:
     """Else the kernel would kill processes, any of them, until there is enough."""
     transport = open_one()
-    monkeypatch.setattr(_mapping, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: 100_000)
     open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(TransportError, match="100000 are available"):
         transport.allocate(100_001)

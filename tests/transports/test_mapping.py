@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tensorferry.backends import _mapping
+from tensorferry.core import memory
 
 GIB = 1 << 30
 V1 = "/sys/fs/cgroup/memory"
@@ -20,8 +20,8 @@ def on(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> int:
             raise FileNotFoundError(path)
         return io.StringIO(files[path])
 
-    monkeypatch.setattr(_mapping, "open", opened, raising=False)
-    return _mapping.available_bytes()
+    monkeypatch.setattr(memory, "open", opened, raising=False)
+    return memory.available_bytes()
 
 
 HOST = {"/proc/meminfo": f"MemTotal: {64 * GIB // 1024} kB\nMemAvailable: {8 * GIB // 1024} kB\n"}
@@ -68,4 +68,4 @@ def test_the_least_of_host_and_container_counts(
 
 
 def test_here_something_is_available() -> None:
-    assert 0 < _mapping.available_bytes() < sys.maxsize
+    assert 0 < memory.available_bytes() < sys.maxsize
