@@ -59,7 +59,11 @@ class Session:
         self.bench = Bench(target, hooks=hooks.load(option("--ferry-hooks")), seed=self.seed, tier=tier)
         self.report = Report(target, self.seed, tier)
         self.folder = option("--ferry-report")
-        self.bench.check_usable()
+        try:
+            self.bench.check_usable()
+        except BaseException:
+            self.bench.close()
+            raise
 
     def find(self, rule: Rule) -> Finding:
         before = len(self.bench.defects)
@@ -80,6 +84,16 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return f"conformance: {name}" if name else None
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Who asks for the plugin asks for a run: what is wrong with it is said before anything is collected."""
+    try:
+        session.config.stash[_SESSION] = Session(session.config)
+    except TransportUnavailable as error:
+        pytest.exit(f"cannot run here: {error}", returncode=3)
+    except FerryError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     # One file of the package stands for all of its rules; it may be found by way of a link.
     return Rules.from_parent(parent, path=file_path) if file_path.resolve() == HERE else None
@@ -89,15 +103,7 @@ class Rules(pytest.File):
     """All chosen rules, as if they stood in one file."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        stash = self.config.stash
-        try:
-            session = stash.get(_SESSION, None) or Session(self.config)
-        except TransportUnavailable as error:
-            pytest.exit(f"cannot run here: {error}", returncode=3)
-        except FerryError as error:
-            raise pytest.UsageError(str(error)) from error
-        stash[_SESSION] = session
-        for rule in session.chosen:
+        for rule in self.config.stash[_SESSION].chosen:
             yield RuleItem.from_parent(self, name=rule.id, rule=rule)
 
 

@@ -38,7 +38,8 @@ def valid(report: Any) -> Any:
 
 
 def test_a_transport_that_conforms_exits_0_and_writes_its_reports(tmp_path: Path) -> None:
-    done = conformance("run", "memory", "--rules", "XFR-1,CAN-1,PEE-8", "--tier", "quick", "--seed", "7", "--report", "r", cwd=tmp_path)  # fmt: skip
+    flags = ("--rules", "XFR-1,CAN-1,PEE-8", "--tier", "quick", "--seed", "7", "--report", "r")
+    done = conformance("run", "memory", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "memory: tier quick, seed 7" in done.stdout
     assert "PEE-8   inconclusive" in done.stdout
