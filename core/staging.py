@@ -107,12 +107,15 @@ class Staging:
             raise ConfigError(f"staging of {nbytes} bytes holds nothing", hint=f"Give it at least {ALIGNMENT} bytes")
         self.holds_rows = transport.capabilities.registers_sources
         self._transport = transport
-        self._arenas = [self._fresh()]  # the last one is taken from
+        # The last one is taken from. What need not be registered is made when something has to pass through it.
+        self._arenas = [self._fresh()] if self.holds_rows else []
         self._closed = False
 
     @property
     def free_bytes(self) -> int:
-        return self._arenas[-1].free_bytes if self._arenas else 0
+        if not self._arenas:
+            return 0 if self._closed else self.max_take
+        return self._arenas[-1].free_bytes
 
     @property
     def taken_bytes(self) -> int:
@@ -148,6 +151,8 @@ class Staging:
                 f"{nbytes} bytes never fit into staging of {self.max_take}",
                 hint="Raise the staging size, or write fewer blocks at once",
             )
+        if not self._arenas:
+            self._arenas.append(self._fresh())
         return self._arenas[-1].take(nbytes)
 
     def give(self, stage: Stage) -> None:
