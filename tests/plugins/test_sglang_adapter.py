@@ -124,20 +124,28 @@ def published(monkeypatch: pytest.MonkeyPatch) -> dict[handles.Transfer, list[KV
     return polls
 
 
+@pytest.mark.parametrize("transport", ["memory", "shm", "tcp"])
 @pytest.mark.parametrize(
     ("total", "pool", "reached"),
     [(12_000, 64, [8192, 12_000]), (50_000, 400, [8192, 24_576, 50_000])],
 )
 def test_the_timelines_of_the_original_design(
-    world: Any, published: dict[handles.Transfer, list[KVPoll]], total: int, pool: int, reached: list[int]
+    world: Any,
+    published: dict[handles.Transfer, list[KVPoll]],
+    total: int,
+    pool: int,
+    reached: list[int],
+    transport: str,
 ) -> None:
-    w = world(pool_blocks=pool)
+    w = world(pool_blocks=pool, transport=transport)
     given = w.request(1, total)
     w.run()
     (received,), sent = w.language.over[1], w.encode.over[1]
     assert received.seen == [poll for poll in IN_ORDER if poll in received.seen]
     assert received.seen[:2] == IN_ORDER[:2]
-    assert sorted(published.values()) == [IN_ORDER[1:]] * 2  # of either side, once its room was open
+    for said in published.values():  # of either side, once its room was open
+        eventually(lambda said=said: KVPoll.Success in said)  # a poll may be ahead of the thread that publishes
+        assert said == IN_ORDER[1:]
     assert received.steps == reached
     assert sent.seen[-1] == KVPoll.Success
     assert_buffers(received.buffers, given)
