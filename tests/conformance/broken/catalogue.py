@@ -19,7 +19,7 @@ MODULES = (
     "peers",
     "hygiene",
     "imports_torch",
-    "imports_slowly",
+    "imports_busily",
 )
 
 C = TypeVar("C", bound=type[Transport])

@@ -26,8 +26,8 @@ class LeaksADescriptor(MemoryTransport):
 @broken({"RES-2": "thread"})
 class LeaksAThread(MemoryTransport):
     def close(self) -> None:
-        if not self._closed and self._live:
-            threading.Thread(target=time.sleep, args=(60,), name="never-joined", daemon=True).start()
+        if not self._closed:
+            threading.Thread(target=threading.Event().wait, name="never-joined", daemon=True).start()
         super().close()
 
 

@@ -189,7 +189,7 @@ class RaisesTheDead(ShmTransport):
     def peer_state(self, peer: Any) -> PeerState:
         state = super().peer_state(peer)
         self._gone = getattr(self, "_gone", 0) + (state is PeerState.GONE)
-        return PeerState.UNKNOWN if state is PeerState.GONE and self._gone % 4 == 0 else state
+        return PeerState.UNKNOWN if state is PeerState.GONE and self._gone % 2 == 0 else state
 
 
 # ---- cancel --------------------------------------------------------------------------------------------------
