@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import pickletools
 import tempfile
 from functools import partial
@@ -132,14 +130,10 @@ def refuses_other_versions(stage: Stage) -> None:
     stage.refused(lambda: stage.open().connect(other), VersionMismatch, what=what)
 
 
-class _Trap:
-    """Unpickling it makes a directory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
+def _trap(protocol: int, path: Path) -> bytes:
+    """A pickle that makes a directory when it is loaded. By hand: nothing that ships imports pickle."""
+    head = bytes([0x80, protocol]) if protocol else b""
+    return head + b"cos\nmkdir\n(V" + str(path).encode() + b"\ntR."
 
 
 @check("CON-8", joined=False)
@@ -153,9 +147,9 @@ def loads_no_pickle(stage: Stage) -> None:
         operations = []
     stage.expect(not operations, f"the descriptor is a pickle ({', '.join(operations[:5])}, …)")
     with tempfile.TemporaryDirectory() as folder:
-        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for protocol in (0, 2, 3, 4, 5):
             sprung = Path(folder, str(protocol))
-            data = pickle.dumps(_Trap(sprung), protocol)
+            data = _trap(protocol, sprung)
             stage.attempt(partial(transport.connect, data), "connect with a pickle")
             stage.expect(
                 not sprung.exists(), f"connect loaded a pickle (protocol {protocol}): it ran what the pickle says"

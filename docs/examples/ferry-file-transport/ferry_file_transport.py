@@ -430,6 +430,8 @@ class FileTransport(Transport):
         self._check_peer(peer)
         if not peer.connected:
             raise BadCall("this peer was disconnected", transport=self.name)
+        if self.peer_state(peer) is PeerState.GONE:  # its files may outlive it, and nobody will read them
+            raise TransportError("the peer has ended", transport=self.name)
         if not copies:
             raise BadCall("a post needs at least one copy", transport=self.name)
         if len(copies) > self.capabilities.max_copies:
