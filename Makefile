@@ -62,6 +62,11 @@ mutants: ## the machines with one mechanism taken out: the search and the simula
 	@scripts/setup dev
 	$(BIN)/python -m tensorferry.conformance.protocol.matrix $(ARGS)
 
+.PHONY: broken
+broken: ## every rule of a transport against every broken transport (an hour of one core)
+	@scripts/setup dev
+	TENSORFERRY_BROKEN=all $(BIN)/pytest tests/conformance/test_broken.py $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## ten minutes of frames and messages that nobody should send (ARGS="--seconds N --seed N")
 	@scripts/setup dev
