@@ -14,12 +14,12 @@ end of its process drains such a post.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
@@ -54,119 +54,28 @@ class Limits:
     progress_s: float
 
 
-class Crew:
-    """The threads of one transport, and the agent that they share: the last one to end destroys it."""
+class Mates(Protocol):
+    """What a worker asks of the crew that it belongs to."""
 
-    def __init__(self, agent: Agent, limits: Limits, workers: int) -> None:
-        self.agent = agent
-        self.limits = limits
-        self.wake: Callable[[], None] | None = None
-        self._pid = os.getpid()
-        # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
-        self._lock = threading.RLock()
-        self._stopping = False
-        self._assigned = 0
-        self._places: dict[str, int] = {}
-        self._left = workers
-        self.workers = [Worker(self) for _ in range(workers)]
-        for worker in self.workers:
-            worker.thread.start()
-
-    # ---- called by the transport -------------------------------------------------------------------------
-
-    def write(self, job: Job) -> None:
-        """Queue a post. After `stop` it is FAILED at once, so that none is left behind by a race with it."""
-        with self._lock:
-            if not self._stopping:
-                self._worker(job.target).inbox.put(job)
-                return
-        self.finish(job, Status.FAILED)
-
-    def forget(self, target: Target) -> None:
-        """The peer was disconnected: what is posted goes on to its end, and then the engine may drop it."""
-        with self._lock:
-            if not self._stopping:
-                self._worker(target).inbox.put(target)
-
-    def nudge(self) -> None:
-        for worker in self.workers:
-            worker.inbox.put(None)
-
-    def stuck(self) -> bool:
-        """A thread does not come back from the engine: no call that waits for all of them may be made."""
-        limit = time.monotonic() - self.limits.progress_s - STUCK_S
-        return any(0 < worker.called_at < limit for worker in self.workers)
-
-    def stop(self) -> None:
-        """Ask the threads to end, and the agent with them."""
-        if os.getpid() != self._pid:  # a forked child drops us; the threads do not exist there
-            return
-        with self._lock:
-            self._stopping = True
-        self.nudge()
-
-    def close(self, timeout_s: float) -> bool:
-        """`stop`, and wait for it. False: a thread has not come back from the engine; what was with it is UNKNOWN."""
-        self.stop()
-        deadline = time.monotonic() + timeout_s
-        for worker in self.workers:
-            worker.thread.join(max(0.0, deadline - time.monotonic()))
-        self.wake = None
-        hung = [worker for worker in self.workers if worker.thread.is_alive()]
-        if hung:
-            self.agent.abandon()
-            for worker in hung:
-                worker.abandon()
-        return not hung
-
-    # ---- called by the threads ---------------------------------------------------------------------------
+    agent: Agent
+    limits: Limits
 
     @property
-    def stopping(self) -> bool:
-        return self._stopping
+    def stopping(self) -> bool: ...
 
-    def _worker(self, target: Target) -> Worker:
-        name = target.told.agent
-        if name not in self._places:
-            self._places[name] = self._assigned % len(self.workers)
-            self._assigned += 1
-        return self.workers[self._places[name]]
+    def finish(self, job: Job, status: Status) -> None: ...
 
-    def finish(self, job: Job, status: Status) -> None:
-        job.status = status
-        if job.quiet:
-            job.keep = ()
-        self.tell()
+    def tell(self) -> None: ...
 
-    def tell(self) -> None:
-        wake = self.wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the thread that serves all rooms
-                log.exception("the function given to on_progress failed")
+    def leave(self) -> None: ...
 
-    def leave(self) -> None:
-        """A thread ends. After the last of them the agent is destroyed."""
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self.agent.close()
-
-    def look_around(self) -> None:
-        """Give up the posts of a thread that does not come back from the engine."""
-        if self.stuck():
-            limit = time.monotonic() - self.limits.progress_s - STUCK_S
-            for worker in self.workers:
-                if 0 < worker.called_at < limit:
-                    worker.abandon()
+    def look_around(self) -> None: ...
 
 
 class Worker:
     """One thread, and the peers that it serves."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Mates) -> None:
         self.inbox: SimpleQueue[Job | Target | None] = SimpleQueue()
         self.called_at = 0.0
         """Since when it is inside the engine; 0: it is not."""

@@ -11,7 +11,7 @@ from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
 from tensorferry.backends._host import Host
 
 DESCRIPTOR_VERSION = 1
-MAX_METADATA_BYTES = 48 * 1024
+MAX_METADATA_BYTES = 64 * 1024
 
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 

@@ -39,11 +39,13 @@ from tensorferry.backends._descriptor import decode
 from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan
 from tensorferry.backends._mapping import Mapping
+from tensorferry.backends._nixl_choice import choose, copies_refused
+from tensorferry.backends._nixl_crew import Crew, Limits
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_environment import MEMCPY, RDMA, TCP, Unfit
 from tensorferry.backends._nixl_jobs import Job, Target, cut
+from tensorferry.backends._nixl_keeping import Sealed, outlive
 from tensorferry.backends._nixl_options import NixlOptions
-from tensorferry.backends._nixl_poster import Crew, Limits
 from tensorferry.backends._nixl_sockets import Aftermath
 from tensorferry.backends._rdma import rdma_ports
 from tensorferry.core.errors import (
@@ -114,7 +116,7 @@ class NixlTransport(HostTransport[Job]):
             return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the answer
             return Probe(Readiness.BROKEN, f"starting NIXL fails: {error!r}", environment.INSTALL)
-        refused = _copies_refused()
+        refused = copies_refused()
         facts = {
             "engine": f"{module} {environment.version(module)}",
             "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in rdma_ports().items())
@@ -139,7 +141,7 @@ class NixlTransport(HostTransport[Job]):
         chosen = self._options
         self._host = this_host()
         try:
-            self._ways, require = _choose(chosen)
+            self._ways, require = choose(chosen)
             agent = Agent(chosen.backend, require, chosen.workers)
         except Unfit as unfit:
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
@@ -161,7 +163,7 @@ class NixlTransport(HostTransport[Job]):
         """Its addresses are used for nothing else in this process, ever: a peer may write to them late."""
         memory = super().allocate(nbytes, kind)
         assert isinstance(memory.owner, Mapping)
-        return Memory(memory.address, nbytes, kind, _Sealed(memory.owner))
+        return Memory(memory.address, nbytes, kind, Sealed(memory.owner))
 
     def _publish(self, region: Region) -> None:
         if self._retired.pop(region.memory, None) is None:  # else the engine has it still
@@ -392,73 +394,13 @@ class NixlTransport(HostTransport[Job]):
         self._closed = True
         if not self._crew.close(CLOSE_TIMEOUT_S):
             log.error("nixl: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
-        _outlive([*[region.memory for region in self._live.values()], *self._retired], self._peers.values())
+        outlive(
+            [*[region.memory for region in self._live.values()], *self._retired],
+            [peer.target for peer in self._peers.values() if peer.way == MEMCPY],
+        )
         self._live.clear()
         self._peers.clear()
         self._retired.clear()
-
-
-def _choose(chosen: NixlOptions) -> tuple[frozenset[str], str]:
-    """(what data may take, what UCX is restricted to). Raises Unfit where what is asked for cannot be had."""
-    if chosen.backend != "UCX":
-        if chosen.require:
-            raise Unfit(f'require="{chosen.require}" is about UCX, and the backend is {chosen.backend}',
-                        'Use backend="UCX"')  # fmt: skip
-        return frozenset({chosen.backend.lower()}), ""
-    tls = os.environ.get("UCX_TLS", "")
-    ways = environment.ways(tls)
-    cause, remedy = environment.why_not_rdma()
-    if chosen.require == RDMA and cause:
-        raise Unfit(f'require="rdma" cannot be had: {cause}', remedy)
-    if chosen.require and chosen.require not in ways:
-        raise Unfit(f'require="{chosen.require}" cannot be had: UCX_TLS={tls} leaves it out', "Change or unset UCX_TLS")
-    if chosen.require == MEMCPY and (refused := _copies_refused()):
-        raise Unfit(f'require="memcpy" cannot be had: {refused}', "Let processes trace each other (CAP_SYS_PTRACE)")
-    if chosen.require in (RDMA, TCP):
-        if tls and ways != {chosen.require}:
-            raise Unfit(f'require="{chosen.require}" and UCX_TLS={tls}: UCX would use the latter', "Unset UCX_TLS")
-        return frozenset({chosen.require}), chosen.require
-    if not cause and not tls and not chosen.require:
-        return frozenset({RDMA}), RDMA
-    return (ways if not cause else ways - {RDMA}), ""
-
-
-def _copies_refused() -> str:
-    """Why no process of this host may copy into another, by the answer to copying within this one; "" where it may."""
-    here = Mapping(4096)
-    return environment.copy_refused(os.getpid(), here.address)
-
-
-class _Sealed:
-    """Owns a mapping. When the last reference goes its pages are given back and its addresses are kept."""
-
-    __slots__ = ("__weakref__", "mapping")
-
-    def __init__(self, mapping: Mapping) -> None:
-        self.mapping = mapping
-        weakref.finalize(self, _seal, mapping, os.getpid()).atexit = False
-
-
-_sealed: list[Mapping] = []
-
-
-def _seal(mapping: Mapping, pid: int) -> None:
-    if os.getpid() == pid:
-        mapping.seal()
-        _sealed.append(mapping)
-
-
-_outlived: list[tuple[list[Memory], list[Target]]] = []
-
-
-def _outlive(memories: list[Memory], peers: Any) -> None:
-    """Memory of others that was told to peers which copy into it stays until they have ended: nothing else keeps a late
-    copy out of what is put there next. What `allocate` returned needs no such care."""
-    _outlived[:] = [(kept, writers) for kept, writers in _outlived if not all(target.ended() for target in writers)]
-    foreign = [memory for memory in memories if not isinstance(memory.owner, _Sealed)]
-    writers = [peer.target for peer in peers if peer.way == MEMCPY and not peer.target.ended()]
-    if foreign and writers:
-        _outlived.append((foreign, writers))
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()

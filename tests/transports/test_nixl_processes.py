@@ -1,6 +1,8 @@
 """The nixl transport between processes: what lands, what is noticed, and who is not held up by whom.
 
 Each test runs over copies between the processes (UCX's own choice on one host), over TCP, or over both.
+
+Long because each row of the engine's failure table has its test.
 """
 
 from __future__ import annotations

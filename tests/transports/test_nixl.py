@@ -1,0 +1,531 @@
+"""The nixl transport in one process: what it refuses, what it says of itself, and its smaller parts.
+
+Long because the engine's environment is most of the work, and each variable and library has its test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from transport_ends import at, ended, need, source
+
+from tensorferry import errors
+from tensorferry.backends import _nixl_environment as environment
+from tensorferry.backends import _nixl_keeping
+from tensorferry.backends import nixl as nixl_module
+from tensorferry.backends._mapping import Mapping
+from tensorferry.backends._nixl_backends import STORAGE, check_backend, explain_backend
+from tensorferry.backends._nixl_choice import choose
+from tensorferry.backends._nixl_engine import PROGRESS_US, Agent
+from tensorferry.backends._nixl_jobs import MOST_PIECES, cut
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
+from tensorferry.backends.nixl import NixlOptions, NixlTransport
+from tensorferry.core.memory import Memory
+from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, Readiness, Status
+
+
+@pytest.fixture
+def installed() -> None:
+    need("nixl")
+
+
+@pytest.fixture
+def one(installed: None) -> Iterator[NixlTransport]:
+    transport = NixlTransport(NixlOptions(workers=1))
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which nobody has set any of the engine's variables."""
+    ours = {variable.name for variable in environment.SETS}
+    for name in ours | {name for name in os.environ if name.startswith(("UCX_", "NIXL_"))}:
+        monkeypatch.setenv(name, "")  # so that what the test lets be set is taken back
+        monkeypatch.delenv(name)
+
+
+def told(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, where nobody has set any of the engine's variables but these."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "NIXL_"))}
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**clean, **variables}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+OPEN = (
+    "from tensorferry.backends.nixl import NixlOptions as O, NixlTransport as T\n"
+    "from tensorferry.core.errors import FerryError\n"
+    "from tensorferry.core.transport import Copy, RemoteRegion, Status\n"
+    "import time\n"
+    "def carry(t):\n"
+    "    r = t.register(t.allocate(1 << 20))\n"
+    "    p = t.connect(t.describe())\n"
+    "    h = t.post(p, [Copy(r, 0, RemoteRegion(r.id, r.generation), 1 << 19, 1 << 19)])\n"
+    "    while t.poll(h) is Status.PENDING: time.sleep(0.001)\n"
+    "    assert t.poll(h) is Status.DONE\n"
+)
+
+
+# ---- backends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["POSIX", "GDS", "OBJ", "GUSLI", "AZURE_BLOB", "GPUNETIO", "NOSUCH"])
+def test_a_backend_that_writes_into_no_other_process_is_refused_by_name(installed: None, backend: str) -> None:
+    with pytest.raises(errors.TransportUnavailable, match=backend) as caught:
+        NixlTransport(NixlOptions(backend=backend))
+    assert "UCX" in caught.value.hint
+
+
+def test_libfabric_is_reached_by_option_and_what_it_lacks_is_named_with_its_package(installed: None) -> None:
+    """The wheel brings the backend, and not the library that it needs."""
+    try:
+        ctypes.CDLL("libfabric.so.1")
+    except OSError:
+        with pytest.raises(errors.TransportUnavailable, match=r"LIBFABRIC backend needs libfabric\.so\.1") as caught:
+            NixlTransport(NixlOptions(backend="LIBFABRIC"))
+        assert "apt-get install libfabric1" in caught.value.hint
+    else:
+        opened = NixlTransport(NixlOptions(backend="LIBFABRIC"))
+        assert opened.path() == "libfabric"
+        opened.close()
+
+
+def test_every_backend_of_storage_is_told_from_those_of_the_network() -> None:
+    there = ["UCX", "LIBFABRIC", *STORAGE]
+    check_backend("UCX", there)
+    check_backend("LIBFABRIC", there)
+    with pytest.raises(environment.Unfit) as caught:
+        check_backend("UCX_MO", there)
+    assert caught.value.hint == "It has: LIBFABRIC, UCX"
+
+
+def test_what_is_asked_of_ucx_cannot_be_had_of_another_backend(installed: None) -> None:
+    with pytest.raises(errors.TransportUnavailable, match="is about UCX"):
+        NixlTransport(NixlOptions(backend="LIBFABRIC", require="rdma"))
+
+
+# ---- which way -----------------------------------------------------------------------------------------------
+
+EVERYTHING = {"rdma", "memcpy", "tcp"}
+
+
+@pytest.mark.parametrize(
+    ("tls", "ways"),
+    [
+        ("", EVERYTHING),
+        ("all", EVERYTHING),
+        ("tcp", {"tcp"}),
+        ("rc", {"rdma"}),
+        ("rc_v,ud_v,dc_x", {"rdma"}),
+        ("ib", {"rdma"}),
+        ("rc,self", {"rdma"}),
+        ("cma,tcp", {"memcpy", "tcp"}),
+        ("shm,rc,tcp", EVERYTHING),
+        ("posix,sysv", set()),
+        ("^ib", {"memcpy", "tcp"}),
+        ("^tcp,cma", {"rdma"}),
+        ("\\rc,tcp", {"rdma", "tcp"}),
+    ],
+)
+def test_what_ucx_may_use_is_read_from_its_variable(tls: str, ways: set[str]) -> None:
+    assert environment.ways(tls) == ways
+
+
+RDMA_IS_NOT_THERE = {
+    "no device": ({}, {}, "there is no RDMA device"),
+    "no link": ({"mlx5_0": False}, {}, "no port of mlx5_0 is active"),
+    "left out": ({"mlx5_0": True}, {"UCX_TLS": "tcp"}, "UCX_TLS=tcp leaves RDMA out"),
+    "not loaded": ({"mlx5_0": True}, {"UCX_MODULES": "^ib"}, "UCX_MODULES"),
+    "another device": ({"mlx5_0": True}, {"UCX_NET_DEVICES": "eth0"}, "UCX_NET_DEVICES=eth0 names no RDMA device"),
+}
+
+
+@pytest.mark.parametrize(("ports", "variables", "cause"), RDMA_IS_NOT_THERE.values(), ids=RDMA_IS_NOT_THERE.keys())
+def test_rdma_that_is_not_there_is_not_replaced(
+    installed: None,
+    monkeypatch: pytest.MonkeyPatch,
+    no_variables: None,
+    ports: dict[str, bool],
+    variables: dict[str, str],
+    cause: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment, "rdma_ports", lambda: ports)
+    monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(errors.TransportUnavailable, match=cause) as caught:
+        NixlTransport(NixlOptions(require="rdma"))
+    assert caught.value.hint
+    probe = NixlTransport.probe()
+    assert probe.readiness is Readiness.DEGRADED
+    assert probe.path == "tcp"
+    assert cause in probe.reason
+
+
+def test_where_a_device_is_active_ucx_is_given_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None
+) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True})
+    assert choose(NixlOptions()) == ({"rdma"}, "rdma")
+    assert choose(NixlOptions(require="tcp")) == ({"tcp"}, "tcp")
+    monkeypatch.setenv("UCX_TLS", "rc,tcp")  # the user's own mixture: nothing says which of them UCX takes
+    assert choose(NixlOptions()) == ({"rdma", "tcp"}, "")
+    with pytest.raises(environment.Unfit, match="UCX would use the latter"):
+        choose(NixlOptions(require="rdma"))
+
+
+def test_an_active_device_that_ucx_cannot_use_is_not_replaced_either(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user-space driver is missing, say. Here: there is no device at all, and the engine is asked all the same."""
+    monkeypatch.setattr(environment, "why_not_rdma", lambda: ("", ""))
+    with pytest.raises(errors.TransportUnavailable, match="UCX cannot use the RDMA device"):
+        NixlTransport(NixlOptions())
+    assert NixlTransport.probe().readiness is Readiness.UNAVAILABLE
+
+
+def test_two_sides_that_ucx_cannot_join_are_no_pair(one: NixlTransport) -> None:
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[2], fields[6] = os.urandom(16), ["rdma"] if one.path() == "tcp" else ["tcp"]
+    with pytest.raises(errors.TransportMismatch, match="UCX has"):
+        one.connect(msgspec.msgpack.encode(fields))
+    fields[5] = "LIBFABRIC"
+    with pytest.raises(errors.TransportMismatch, match="LIBFABRIC"):
+        one.connect(msgspec.msgpack.encode(fields))
+
+
+def test_copies_that_the_kernel_refuses_are_no_path(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None
+) -> None:
+    monkeypatch.setattr(environment, "copy_refused", lambda pid, address: "Operation not permitted")
+    probe = NixlTransport.probe()
+    assert probe.facts["cma"] == "refused: Operation not permitted"
+    assert "copies" not in probe.reason
+    with pytest.raises(errors.TransportUnavailable, match="not permitted"):
+        NixlTransport(NixlOptions(require="memcpy"))
+    with NixlClosing(NixlOptions(workers=1)) as transport:
+        assert transport.path(transport.connect(transport.describe())) == "tcp"
+
+
+class NixlClosing:
+    def __init__(self, options: NixlOptions) -> None:
+        self.transport = NixlTransport(options)
+
+    def __enter__(self) -> NixlTransport:
+        return self.transport
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.close()
+
+
+def test_the_kernel_says_whose_memory_may_be_copied_into() -> None:
+    page = Mapping(4096)
+    assert environment.copy_refused(os.getpid(), page.address) == ""
+    page.seal()
+    assert environment.copy_refused(os.getpid(), page.address) == "Bad address"
+    assert environment.copy_refused(2**22 - 1, page.address) == "No such process"
+
+
+def test_what_ucx_itself_says_of_its_choice_agrees_with_the_path_that_we_claim(installed: None) -> None:
+    """UCX tells its choice on request, for people to read: too late and too coarse for `path`, and good enough here."""
+    program = OPEN + (
+        "t = T(O(workers=1, require={require!r}))\n"
+        "u = T(O(workers=1, require={require!r}))\n"
+        "r, s = u.register(u.allocate(1 << 20)), t.register(t.allocate(1 << 20))\n"
+        "p = t.connect(u.describe())\n"
+        "for n in (1, 100, 5000, 100_000, 1 << 20):\n"
+        "    h = t.post(p, [Copy(s, 0, RemoteRegion(r.id, r.generation), 0, n)])\n"
+        "    while t.poll(h) is Status.PENDING: time.sleep(0.001)\n"
+        "print(t.path(p)); t.close(); u.close()\n"
+    )
+    for way, carries in (("memcpy", {"cma/memory"}), ("tcp", {"tcp/lo", "tcp/eth0"})):
+        done = told(program.format(require=way), UCX_PROTO_INFO="y", UCX_LOG_LEVEL="info", UCX_NET_DEVICES="lo")
+        assert done.stdout.split() == [way], done.stderr
+        used = {word for block in done.stderr.split("by ucp_put")[1:] for word in chosen(block)}
+        assert used
+        assert used <= carries, done.stderr
+
+
+def chosen(block: str) -> list[str]:
+    """What the rows of the first table in UCX's own account name: transport/device."""
+    lines = block.split("Range", 1)[1].splitlines()[2:]
+    until = next((n for n, line in enumerate(lines) if "+--" in line), len(lines))
+    return [word for line in lines[:until] for word in line.split("|")[-2].split() if "/" in word]
+
+
+# ---- the environment -----------------------------------------------------------------------------------------
+
+
+def test_what_is_set_is_listed_with_its_reason_and_the_users_value_wins(
+    no_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", dict)
+    monkeypatch.setenv("UCX_LOG_LEVEL", "warn")
+    environment.prepare()
+    assert {variable.name: os.environ[variable.name] for variable in environment.SETS} == {
+        "UCX_MODULES": "^ib",
+        "UCX_LOG_FILE": "stderr",
+        "UCX_LOG_LEVEL": "warn",
+        "NIXL_LOG_LEVEL": "FATAL",
+    }
+    assert all(variable.reason for variable in environment.SETS)
+    assert NixlTransport.sets is environment.SETS
+
+
+def test_on_a_host_with_an_rdma_device_ucx_keeps_its_modules(
+    no_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": False})
+    environment.prepare()
+    assert "UCX_MODULES" not in os.environ
+
+
+def test_standard_output_stays_the_programs_own_however_much_the_engine_has_to_say(installed: None) -> None:
+    done = told(OPEN + "t = T(O()); carry(t); t.close(); print('mine')", UCX_LOG_LEVEL="info", NIXL_LOG_LEVEL="INFO")
+    assert done.returncode == 0
+    assert done.stdout == "mine\n"
+    assert done.stderr, "it was asked to talk"
+    done = told(OPEN + "t = T(O()); carry(t); t.close(); print('mine')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+
+
+@pytest.mark.parametrize("variables", [{"UCX_TLS": "posix"}, {"UCX_NET_DEVICES": "nosuch0"}], ids=["tls", "devices"])
+def test_variables_under_which_ucx_can_do_nothing_are_named(installed: None, variables: dict[str, str]) -> None:
+    program = OPEN + "try:\n    T(O()); print('opened')\nexcept FerryError as error:\n    print(error)"
+    done = told(program, **variables)
+    ((name, value),) = variables.items()
+    assert f"{name}={value}" in done.stdout, done
+
+
+def test_ucx_variables_are_respected_and_told(installed: None, no_variables: None) -> None:
+    program = OPEN + (
+        "p = T.probe(); t = T(O(workers=1)); carry(t)\n"
+        "import json; print(json.dumps([p.facts, t.path(t.connect(t.describe()))])); t.close()"
+    )
+    facts, path = json.loads(told(program, UCX_TLS="tcp", UCX_NET_DEVICES="lo").stdout)
+    assert (facts["UCX_TLS"], facts["UCX_NET_DEVICES"]) == ("tcp", "lo")
+    assert path == "tcp"
+
+
+# ---- what is missing -----------------------------------------------------------------------------------------
+
+
+def test_the_engine_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "MODULES", ("no_such_nixl",))
+    probe = NixlTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert "tensorferry[nixl]" in probe.hint
+    with pytest.raises(errors.TransportUnavailable, match="not installed"):
+        NixlTransport(NixlOptions())
+
+
+def test_an_engine_for_another_python_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "nixl_elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_bindings.cpython-30-x86_64-linux-gnu.so").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(environment, "MODULES", ("nixl_elsewhere",))
+    probe = NixlTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert "this Python" in probe.reason
+
+
+@pytest.mark.parametrize(("library", "holder"), environment.PACKAGES.items())
+def test_each_missing_library_is_named_with_what_holds_it(library: str, holder: str) -> None:
+    unfit = environment.explain_library(f"{library}: cannot open shared object file: No such file", "the NIXL engine")
+    assert library in unfit.reason
+    assert holder in unfit.hint
+
+
+def test_the_wheel_that_is_loaded_is_the_one_that_import_nixl_has_taken(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = environment.module_name()
+    other = next(name for name in environment.MODULES if name != before)
+    monkeypatch.delitem(sys.modules, f"{before}._bindings", raising=False)
+    monkeypatch.setitem(sys.modules, f"{other}._bindings", sys)
+    assert environment.module_name() == other
+
+
+@pytest.mark.parametrize("first", ["nixl", "tensorferry"])
+def test_the_engine_is_shared_with_a_program_that_imports_nixl_itself(installed: None, first: str) -> None:
+    theirs = "import nixl; assert nixl._api.nixl_agent\n"
+    ours = OPEN + "t = T(O(workers=1)); carry(t)\n"
+    done = told(
+        (theirs + ours if first == "nixl" else ours + theirs) + "t.close(); print('both')", NIXL_LOG_LEVEL="ERROR"
+    )
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["both"]), done.stderr
+
+
+@pytest.mark.parametrize("first", ["mooncake", "nixl"])
+def test_both_engines_in_one_process_register_the_same_memory_and_end_cleanly(installed: None, first: str) -> None:
+    need("mooncake")
+    program = OPEN + (
+        "from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport\n"
+        "def nixl(): return T(O(workers=1))\n"
+        "def mooncake(): return MooncakeTransport(MooncakeOptions(host='127.0.0.1'))\n"
+        "opens = {'nixl': nixl, 'mooncake': mooncake}\n"
+        f"ends = {{name: opens[name]() for name in sorted(opens, reverse={first == 'nixl'})}}\n"
+        "memory = ends['nixl'].allocate(1 << 20)\n"
+        "for t in ends.values():\n"
+        "    r = t.register(memory); p = t.connect(t.describe())\n"
+        "    h = t.post(p, [Copy(r, 0, RemoteRegion(r.id, r.generation), 1 << 19, 1 << 19)])\n"
+        "    while t.poll(h) is Status.PENDING: time.sleep(0.001)\n"
+        "    print(t.name, t.poll(h).name)\n"
+        "for t in ends.values(): t.close()\n"
+    )
+    done = told(program)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["mooncake DONE", "nixl DONE"]
+
+
+# ---- what it says of itself ----------------------------------------------------------------------------------
+
+
+def test_the_probe_says_the_path_the_devices_and_who_can_connect(installed: None, no_variables: None) -> None:
+    probe = NixlTransport.probe()
+    assert probe.usable
+    assert probe.path == ("rdma" if probe.readiness is Readiness.READY else "tcp")
+    assert {"engine", "rdma_devices", "cma", "ptrace_scope", "listens"} <= probe.facts.keys()
+
+
+def test_a_probe_that_cannot_be_ready_loads_nothing_and_sets_nothing(installed: None) -> None:
+    if not environment.why_not_rdma()[0]:
+        pytest.skip("needs rdma: a machine without an active device, to be exact")
+    program = (
+        "import os, sys\nbefore = dict(os.environ)\n"
+        "from tensorferry.backends.nixl import NixlTransport as T\nprint(T.probe().readiness)\n"
+        "print([name for name in sys.modules if name.split('_')[0] == 'nixl'], before == dict(os.environ))"
+    )
+    assert told(program).stdout.split("\n")[:2] == ["degraded", "[] True"]
+
+
+def test_an_idle_transport_uses_no_processor(installed: None) -> None:
+    """The wheel's own choice, a delay of 0, lets the progress thread spin: 98 % of a core."""
+    assert PROGRESS_US > 0
+    program = OPEN + (
+        "t = T(O()); carry(t)\nbefore, began = time.process_time(), time.monotonic()\ntime.sleep(1)\n"
+        "print((time.process_time() - before) / (time.monotonic() - began)); t.close()"
+    )
+    assert float(told(program).stdout) < 0.2
+
+
+def test_agents_have_names_of_their_own(one: NixlTransport) -> None:
+    with NixlClosing(NixlOptions(workers=1)) as other:
+        assert other._agent.name != one._agent.name
+
+
+@pytest.mark.parametrize("change", ["metadata", "addresses"])
+def test_a_descriptor_that_contradicts_itself_is_refused(one: NixlTransport, change: str) -> None:
+    """The engine reads metadata in C++ and trusts them: what was damaged on the way never gets there."""
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[2] = os.urandom(16)
+    if change == "metadata":
+        fields[13] = fields[13][:-1] + bytes([fields[13][-1] ^ 1])
+    else:
+        fields[14] = [1]
+    with pytest.raises(errors.ProtocolViolation, match="contradicts"):
+        one.connect(msgspec.msgpack.encode(fields))
+
+
+def test_another_agents_metadata_are_refused_and_the_pair_goes_on(one: NixlTransport) -> None:
+    with NixlClosing(NixlOptions(workers=1)) as other:
+        region = other.register(other.allocate(64))
+        fields = msgspec.msgpack.decode(other.describe())
+        fields[2], fields[4] = os.urandom(16), "tensorferry-of-somebody-else"
+        local = source(one, b"x")
+        copies = [Copy(local, 0, at(region), 0, 1)]
+        assert ended(one, one.post(one.connect(msgspec.msgpack.encode(fields)), copies)) is Status.FAILED
+        assert ended(one, one.post(one.connect(other.describe()), copies)) is Status.DONE
+
+
+def test_as_many_regions_are_registered_as_the_descriptor_has_room_for(
+    one: NixlTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = one.allocate(4096)
+    for n in range(1000):
+        one.register(Memory(page.address + n, 1, "cpu", page.owner))
+    assert len(one.describe()) <= MAX_DESCRIPTOR_BYTES
+    monkeypatch.setattr(nixl_module, "MAX_DESCRIPTOR_BYTES", len(one.describe()))
+    memory = one.allocate(64)
+    with pytest.raises(errors.TransportError, match="the descriptor of 1001 regions"):
+        one.register(memory)
+    assert memory.address not in one._agent._memory
+
+
+def test_memory_of_others_is_kept_while_a_peer_might_copy_into_it(installed: None) -> None:
+    """What `allocate` gave has addresses that nobody gets again; other memory must not be freed too early."""
+    with NixlClosing(NixlOptions(workers=1)) as writer:
+        owner = NixlTransport(NixlOptions(workers=1))
+        owner.connect(writer.describe())
+        theirs = bytearray(4096)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(theirs))
+        owner.register(Memory(address, 4096, "cpu", theirs))
+        owner.register(owner.allocate(4096))
+        owner.close()
+        kept = [memory.address for memories, _ in _nixl_keeping.outlived for memory in memories]
+        assert kept == [address]
+        _nixl_keeping.outlived.clear()
+
+
+def test_the_addresses_of_memory_that_was_given_back_are_nobody_elses(one: NixlTransport) -> None:
+    address = one.allocate(1 << 20).address
+    assert all(not address <= one.allocate(1 << 20).address < address + (1 << 20) for _ in range(20))
+    assert environment.copy_refused(os.getpid(), address) == "Bad address"
+
+
+# ---- the parts -----------------------------------------------------------------------------------------------
+
+
+def test_copies_that_are_adjacent_on_both_sides_are_joined_and_long_ones_are_cut() -> None:
+    here, there = object(), 1_000
+    segments = [(here, there, 100 + n, 5_000 + n, 10) for n in (20, 0, 10)]
+    assert cut(segments, 4096) == deque([[(100, 5_000, 30)]])
+    assert cut(segments, 16) == deque([[(100, 5_000, 16)], [(116, 5_016, 14)]])
+
+
+def test_scattered_copies_share_a_request_up_to_its_bytes_and_its_pieces() -> None:
+    here = object()
+    scattered = [(here, 0, n * 100, n * 200, 10) for n in range(MOST_PIECES + 1)]
+    assert [len(batch) for batch in cut(scattered, 4096)] == [MOST_PIECES, 1]
+    batches = cut(scattered[:4], 25)
+    assert [[nbytes for _, _, nbytes in batch] for batch in batches] == [[10, 10, 5], [5, 10]]
+
+
+def test_nothing_is_joined_across_two_registrations() -> None:
+    one, other = object(), object()
+    assert cut([(one, 1_000, 0, 1_000, 10), (other, 1_000, 10, 1_010, 10)], 4096) == deque(
+        [[(0, 1_000, 10), (10, 1_010, 10)]]
+    )
+    assert cut([(one, 1_000, 0, 1_000, 10), (one, 1_010, 10, 1_010, 10)], 4096) == deque(
+        [[(0, 1_000, 10), (10, 1_010, 10)]]
+    )
+
+
+def test_what_the_engine_cannot_start_says_which_variables_are_set(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "posix")
+    assert "UCX_TLS=posix" in explain_backend("UCX", "", RuntimeError("NIXL_ERR_BACKEND")).reason
+
+
+def test_a_mooncake_transport_and_a_nixl_transport_are_no_pair(one: NixlTransport) -> None:
+    need("mooncake")
+    other = MooncakeTransport(MooncakeOptions(host="127.0.0.1"))
+    try:
+        with pytest.raises(errors.ProtocolViolation, match="mooncake"):
+            one.connect(other.describe())
+    finally:
+        other.close()
