@@ -1,5 +1,7 @@
 """A transport around any transport, in which things go wrong as a policy says: seeded, logged, replayable.
 
+Long because a truthful transport between two others is one state machine: what is held, what may still land, who knows.
+
     Faulty = proxied(ShmTransport, Policy.seeded(7))      a class: Faulty(options) opens the real one inside
     proxy = wrapped(transport, Policy.scripted("late=3"))  or around one that is open
 
@@ -14,8 +16,6 @@ passes. `log` is what was decided, and `Policy.from_log` decides it again.
 
 A held write whose region has been retired lands in the memory that it was meant for, as an engine's would that has it
 mapped, unless the transport declares Fence.RETIRE. After the owner's `close`, or the proxy's own, nothing lands.
-
-Long because a truthful transport between two others is one state machine: what is held, what may still land, who knows.
 """
 
 from __future__ import annotations
