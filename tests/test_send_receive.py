@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import tensorferry as tf
 from tensorferry import cli, schemas
-from tensorferry.commands import receive
+from tensorferry.commands import carrying, receive
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import Column, Table
+from tensorferry.core.settings import Settings
 
 QUICK = ("--peer-timeout", "1.5", "--heartbeat", "0.3")
 
@@ -140,6 +141,8 @@ def test_bound_to_every_interface_the_command_names_an_address_that_others_can_r
     file = small_file(tmp_path / "clip.safetensors")
     with sending(file, "--bind", "0.0.0.0:0") as sender:
         assert "0.0.0.0" not in sender.command
+        sender.until("waiting for a receiver")
+        assert f"is open at {sender.address}, waiting" in sender.said[-1]
         assert paste(sender.command, tmp_path).returncode == 0
         assert sender.end()[0] == 0
 
@@ -153,6 +156,64 @@ def test_a_terminal_gets_a_bar_that_moves(tmp_path):
     assert status == 0, said
     assert "━" in said
     assert "verified" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("x", {"a=b": "c"}),
+        ("x", {"=x": "y", "%3D": "%25"}),
+        ("x", {"": "c"}),
+        ("x", {"-o": "elsewhere", "--force": "-1", "k": ""}),
+        ("-x", {}),
+        ("--output=y", {"größe, 'so'": '"a b"'}),
+    ],
+)
+def test_the_printed_command_holds_whatever_names_and_metadata_a_file_has(tmp_path, name, metadata):
+    file = tmp_path / "clip.safetensors"
+    save_file({name: torch.arange(12).view(3, 4)}, file, metadata=metadata)
+    with sending(file) as sender:
+        done = paste(sender.command, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sender.end()[0] == 0
+    assert listing(tmp_path) == ["clip.received.safetensors", "clip.safetensors"]
+    with safe_open(tmp_path / "clip.received.safetensors", framework="pt") as opened:
+        assert (opened.metadata() or {}, list(opened.keys())) == (metadata, [name])
+
+
+def fitted(tokens: int, token_bytes: int, **given: object) -> tuple[int, int, int]:
+    loaded = Settings.load(command_line=given, environ={}, file="/dev/null")
+    settings = carrying.fitted(loaded, tokens, token_bytes)
+    return settings.block_size, settings.pool_blocks, settings.first_grant
+
+
+def test_the_pool_is_as_large_as_the_file_and_no_larger_than_its_bytes_may_be():
+    assert fitted(50_000, 7168) == (128, 64, 8192)  # as the settings are
+    assert fitted(300, 16) == (128, 3, 384)
+    assert fitted(3, 100_000) == (128, 1, 128)  # 12.8 MB in place of 819 MB
+    assert fitted(3, 20_000_000) == (1, 3, 3)  # 60 MB in place of 164 GB
+    assert fitted(5000, 20_000_000) == (1, 13, 13)
+    assert fitted(5000, 1_500_000_000) == (1, 1, 1)
+    assert fitted(50_000, 65_536) == (128, 32, 4096)
+    for tokens, token_bytes in ((7, 3), (1000, 300_000), (100_000, 1 << 20)):
+        block_size, pool_blocks, _ = fitted(tokens, token_bytes)
+        assert block_size * pool_blocks * token_bytes <= carrying.POOL_BYTES
+    # What is given is meant.
+    assert fitted(3, 20_000_000, block_size=128, pool_blocks=64, first_grant=8192) == (128, 64, 8192)
+    assert fitted(3, 20_000_000, pool_blocks=64) == (1, 64, 64)
+
+
+def test_a_receiver_of_wide_rows_takes_the_memory_of_the_file(tmp_path):
+    file = tmp_path / "clip.safetensors"
+    save_file({"x": torch.arange(3 * 400_000, dtype=torch.int32).view(3, 400_000)}, file)  # 13 GB in a default pool
+    with sending(file) as sender:
+        done = paste(sender.command, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sender.end()[0] == 0
+    words = shlex.split(sender.command)
+    sizes = [words[words.index(flag) + 1] for flag in ("--block-size", "--pool-blocks")]
+    assert sizes == ["20", "1"]
+    assert (tmp_path / "clip.received.safetensors").read_bytes() == file.read_bytes()
 
 
 # ---- what is left when it does not arrive

@@ -11,12 +11,13 @@ import argparse
 import shlex
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote, unquote
 
 from tensorferry.commands.flags import add_settings, setting_names
 from tensorferry.commands.output import BadFlag
-from tensorferry.core.settings import Settings, descriptions
+from tensorferry.core.settings import Loaded, OriginKind, Settings, descriptions
 
 DEFAULTS: dict[str, object] = {"transfer_deadline": 86_400.0}
 """In place of five minutes: somebody looks on, and peer_timeout notices whoever is gone."""
@@ -27,6 +28,13 @@ RECEIPTS = 1 << 62
 
 MAX_METADATA = 1000
 """Characters of metadata that a command line is lengthened by, at most."""
+
+POOL_BYTES = 256 << 20
+"""What the receiver's pool takes, at most, where the user does not say how large it is to be: four default pools at
+hidden size 3584 in bfloat16. Rows may be of any width, and a pool of so many tokens then of any size."""
+
+BLOCK_BYTES = POOL_BYTES // 8
+"""The same for one block: there are then as many as slabs, and some are filled while others are read."""
 
 _MARK = 0x74665F66696C6531  # "tf_file1"
 _WORDS = struct.Struct("<qq")
@@ -95,9 +103,45 @@ def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def metadata_flag(key: str, value: str) -> str:
+    """One entry of a file's metadata as a single word that no parser takes for anything else: keys may be empty, begin
+    with a dash and hold an equals sign."""
+    return f"--metadata={quote(key, safe='/')}={value}"
+
+
+def metadata(given: Sequence[str]) -> dict[str, str]:
+    """What `metadata_flag` has made, as a dictionary. Raises BadFlag."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadFlag(
+                f"--metadata {text!r} is not KEY=VALUE",
+                hint="Write it as --metadata=KEY=VALUE; in the key, %3D is an equals sign and %25 a percent sign",
+            )
+        found[unquote(key)] = value
+    return found
+
+
 def address(text: str) -> str:
     """tcp://HOST:PORT; the scheme may be left out."""
     return text if "://" in text else f"tcp://{text}"
+
+
+def fitted(loaded: Loaded, tokens: int, token_bytes: int) -> Settings:
+    """The settings for a file of `tokens` rows of `token_bytes` bytes: no larger a pool than it fills, nor than
+    POOL_BYTES. What the user has said stays as it is."""
+    settings, given = loaded.settings, loaded.origins
+    if given["block_size"].kind is OriginKind.DEFAULT:
+        settings = replace(settings, block_size=min(settings.block_size, max(1, BLOCK_BYTES // token_bytes)))
+    if given["pool_blocks"].kind is OriginKind.DEFAULT:
+        filled = -(-tokens // settings.block_size)
+        affordable = max(1, POOL_BYTES // (settings.block_size * token_bytes))
+        settings = replace(settings, pool_blocks=min(settings.pool_blocks, filled, affordable))
+    if given["first_grant"].kind is OriginKind.DEFAULT:
+        room = settings.pool_blocks * settings.block_size
+        settings = replace(settings, first_grant=min(settings.first_grant, room))
+    return settings
 
 
 def changed_settings(settings: Settings, at_least: Mapping[str, int]) -> list[str]:

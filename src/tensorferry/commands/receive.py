@@ -80,7 +80,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an entry of the file's metadata; may be repeated",
+        help="an entry of the file's metadata, its key percent-encoded; may be repeated",
     )
     parser.set_defaults(run=run)
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         with all_as_interrupt():
             settings = load_settings(args, DEFAULTS).settings
             table = _table(args)
-            metadata = carrying.pairs("--metadata", args.metadata)
+            metadata = carrying.metadata(args.metadata)
             options = carrying.pairs("--option", args.option)
             report["transport"] = settings.transport
             with NewFile(args.output, force=args.force) as file:

@@ -94,9 +94,10 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
     error: FerryError | None = None
     try:
         with all_as_interrupt():
-            settings = load_settings(args, DEFAULTS).settings
+            loaded = load_settings(args, DEFAULTS)
             options = carrying.pairs("--option", args.option)
             file = open_file(args.file)
+            settings = carrying.fitted(loaded, file.tokens, file.table.layout.token_bytes)
             view = view_for(out)
             _describe(file, view)
             serving = Serving(file, args.room, args.count, receipts=not args.no_receipt)
@@ -140,15 +141,15 @@ def _announcer(
     def announce(serving: Serving) -> None:
         name = PurePath(file.path)
         parts = ["tensorferry", "receive", "--room", str(args.room), "--from", serving.addresses[0]]
-        parts += ["--layout", str(file.table)]
-        metadata = [f"{key}={value}" for key, value in file.metadata.items()]
-        left_out = bool(metadata) and len("".join(metadata)) > MAX_METADATA
+        parts += [f"--layout={file.table}"]
+        metadata = [carrying.metadata_flag(key, value) for key, value in file.metadata.items()]
+        left_out = sum(len(key) + len(value) + 1 for key, value in file.metadata.items()) > MAX_METADATA
         serving.metadata_carried = not left_out
         if left_out:
             warning = f"the file's metadata is longer than {MAX_METADATA} characters: it is not carried"
             print(f"# warning: {warning}", file=sys.stderr, flush=True)
         else:
-            parts += [part for pair in metadata for part in ("--metadata", pair)]
+            parts += metadata
         parts += carrying.changed_settings(settings, {"destination_budget": file.nbytes})
         output = f"{name.stem}.received{name.suffix}"
         parts += ["-o", f"./{output}" if output.startswith("-") else output]

@@ -131,7 +131,7 @@ class Serving:
             elif self._arrived:
                 view.wait("the rows have arrived; the receiver writes its file")
             else:
-                view.wait(f"room {self.room} is open at {self.address}, waiting for a receiver")
+                view.wait(f"room {self.room} is open at {self.addresses[0]}, waiting for a receiver")
         if receipt is not None and receipt.done:
             self._receipt = None
             if receipt.error is None:
