@@ -133,7 +133,7 @@ def silence_is_not_death(stage: Stage) -> None:
     source = away.source(stage.pattern(8 << 20))
     handles = [_posted(away, source, 0, 8 << 20) for _ in range(4)]
     process.stop()
-    until = time.monotonic() + stage.times(1, 5, 45)
+    until = time.monotonic() + stage.times(1, 3, 45)
     while time.monotonic() < until:
         alive(away.writer, away.peer, "is stopped (SIGSTOP), with writes to it on their way")
         time.sleep(0.02)
@@ -258,7 +258,7 @@ def nothing_waits_for_the_stopped(stage: Stage) -> None:
 def stopped_and_continued(stage: Stage) -> None:
     """With the owner stopped, then with the writer stopped."""
     piece, count = 1 << 20, 24
-    pause = (1.0, 4.0, 40.0)[stage.tier]
+    pause = (0.5, 2.5, 40.0)[stage.tier]
     process, pair = meet(stage, piece * count)
     name = f"{stage.seed}"
     source = pair.source(pattern(name, piece * count))
