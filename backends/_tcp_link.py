@@ -239,7 +239,7 @@ class Link:
             self._end_part(part, placed=False)
 
     def let_go(self) -> None:
-        """The peer was disconnected: hang up once every part has ended."""
+        """The peer was disconnected: hang up once every part has ended. What is lost by then stays UNKNOWN."""
         self._keep_up, self._released = False, True
         self._settle(time.monotonic())
         self.forgotten = self.drained  # else it is forgotten with the transport
@@ -290,7 +290,8 @@ class Link:
         return min(WIND_DOWN_S, self._route.limits.io) if self.winding else self._route.limits.io
 
     def _wanted(self) -> bool:
-        return not self._dead and bool(self._keep_up or self._waiting or (self._lost and not self.winding))
+        fence = self._lost and not (self.winding or self._released)  # nobody waits for the fence of a forgotten peer
+        return not self._dead and bool(self._keep_up or self._waiting or fence)
 
     def _settle(self, now: float) -> None:
         """Dial if there is reason to; hang up if there is none left."""

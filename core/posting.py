@@ -127,6 +127,17 @@ class Poster:
             self._over.add(serial)
             self._let_go(serial)
 
+    def abandon(self, receiver: int) -> bool:
+        """Wait no more for writes to a receiver that was lost. False where one of them may still read memory of ours,
+        or is not known to be lost."""
+        mine = {number: p for number, p in self._posted.items() if p.part.write.receiver == receiver}
+        if receiver in self._lines or any(not (p.unknown and p.read and p.stage is None) for p in mine.values()):
+            return False
+        for number in mine:
+            del self._posted[number]
+        self._counted.pop(receiver, None)
+        return True
+
     def release(self, serial: int) -> None:
         """Every write of it is drained."""
         self._over.discard(serial)

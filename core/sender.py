@@ -644,6 +644,19 @@ class SenderMachine(SenderState):
         slot.rival = None
         slot.touched += 1
 
+    def abandon(self, receiver: int) -> list[Effect]:
+        """Writes to a receiver that was lost long ago are not waited for any more. No fence is ever said for them: if
+        it comes back, it replaces the memory (R4). The driver has seen to it that nothing of ours is read by them."""
+        if all(key[0] != receiver for key in self.where):
+            for write in [write for write, w in self.writes.items() if w.receiver == receiver]:
+                w = self.writes.pop(write)
+                self.abandoned.add((w.receiver, w.xfer))
+            r = self.receivers.pop(receiver, None)
+            if r is not None and self.newest.get(r.name) == receiver:
+                del self.newest[r.name]
+            self._release_sources()
+        return self._take_effects()
+
     def _release_sources(self) -> None:
         reading = {w.serial for w in self.writes.values()}
         for serial in sorted(self.orphans - reading):

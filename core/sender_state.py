@@ -121,6 +121,7 @@ class SenderState:
         self.rooms: dict[int, int] = {}  # room -> the slot that a new offer or Open would join
         self.where: dict[tuple[int, int], int] = {}  # (receiver, xfer) -> slot
         self.given_up: dict[int, e.FerryError] = {}  # rooms that the receiver ended before there was an offer
+        self.abandoned: set[tuple[int, int]] = set()  # (receiver, xfer) whose writes are not waited for: never fenced
         self.withdrawn: dict[int, e.FerryError] = {}  # rooms whose offer ended before anybody had opened them
         self.contested: set[int] = set()  # slots with a rival
         self.receivers: dict[int, Receiver] = {}
@@ -160,6 +161,8 @@ class SenderState:
         return self._binding_at((w.receiver, w.xfer))
 
     def _is_drained(self, key: tuple[int, int], upto: int) -> bool:
+        if key in self.abandoned:
+            return False
         return not any((w.receiver, w.xfer) == key and w.epoch <= upto for w in self.writes.values())
 
     def _take_effects(self) -> list[Effect]:
@@ -244,13 +247,14 @@ class SenderState:
                 for key, w in sorted(self.writes.items())
             ),
             tuple(sorted(self.rooms.items())), tuple((room, x.code) for room, x in sorted(self.given_up.items())),
-            tuple((room, x.code) for room, x in sorted(self.withdrawn.items())),
+            tuple((room, x.code) for room, x in sorted(self.withdrawn.items())), tuple(sorted(self.abandoned)),
             tuple(sorted(self.orphans)), self.next_slot, self.next_serial,
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
-        slots, receivers, newest, writes, rooms, given_up, withdrawn, orphans = snapshot[:8]
-        self.next_slot, self.next_serial = snapshot[8:]
+        slots, receivers, newest, writes, rooms, given_up, withdrawn, abandoned, orphans = snapshot[:9]
+        self.next_slot, self.next_serial = snapshot[9:]
+        self.abandoned = set(abandoned)
         self.slots, self.serials, self.where, self.contested = {}, {}, {}, set()
         for id_, room, ranks, admitted, decision, abort, rival, offer, bindings in slots:
             slot = Slot(id_, room, None, ranks, {}, admitted, decision, abort, rival)

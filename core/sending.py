@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tensorferry.sender")
 
+ABANDON_SECONDS = 60.0
+"""How long writes of unknown outcome to a receiver that is lost are kept in mind: a process that was only stopped may
+have gone on by then. After that it never hears of them again, and replaces the memory that they may land in."""
+
 PREFER_AGAIN_SECONDS = 30.0
 """How long the next best transport carries before the best one has another chance."""
 
@@ -255,6 +259,11 @@ class Sender(Endpoint):
                 self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
         for slot in list(machine.slots.values()):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
+        for receiver in {w.receiver for w in machine.writes.values()} - bound:
+            keys.add(("abandon", receiver))
+            if watches.age(("abandon", receiver), now) > ABANDON_SECONDS and self._poster.abandon(receiver):
+                log.warning("writes to a receiver that was lost are not waited for any more")
+                self._do(machine.abandon(receiver))
         for receiver, target in self._poster.targets.items():
             if target.reach.fallen:
                 keys.add(("fallen", receiver))

@@ -18,7 +18,7 @@ from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.core import asking, errors, receiving, sending
 from tensorferry.core.posting import FALL_BACK_AFTER, MOST_POSTS
 from tensorferry.core.settings import Settings
-from tensorferry.core.transport import Transport
+from tensorferry.core.transport import PeerState, Transport
 
 SMALL = tf.Layout([tf.Component("x", "float32", (8,))])
 TOKENS = 1000
@@ -358,6 +358,36 @@ def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(cop
         sides.sender._call(bad.let_go)
         eventually(lambda: not sides.sender._call(lambda: dict(sides.sender._poster.sources)))
         assert source._released
+
+
+def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it died on another host: nothing proves it, and nothing ever drains what it was sent."""
+    monkeypatch.setattr(sending, "ABANDON_SECONDS", 0.3)
+    bad = Sockets()
+    bad.script = lambda n: LOSE if n >= 2 else WRITE
+    with Sides([bad], [memory()], peer_timeout=0.6, heartbeat=0.1) as sides:
+        lost = sides.receiver
+        monkeypatch.setattr(bad, "peer_state", lambda peer: PeerState.UNKNOWN)
+        sent = sides.sender.send(1, **rows(TOKENS, layout=SMALL))
+        receiving = lost.receive(1, sides.sender.address)
+        eventually(lambda: bad.held)
+        lost._call(lambda: setattr(lost._control, "send", lambda route, message: None))  # it is never heard again
+        sent.cancel()
+        eventually(lambda: not sides.sender._call(lambda: dict(sides.sender.machine.writes)))
+        assert lost.incarnation not in sides.sender.machine.receivers
+        assert not sides.sender._poster._posted
+        eventually(lambda: not sides.sender._poster.sources)
+        assert sides.sender.machine.abandoned
+        bad.script = lambda n: WRITE
+        sides.receiver = receiving_side = receiver_like(sides)
+        sides.carry(2)
+        assert receiving_side.machine.peers
+        lost.close()
+        assert receiving.done
+
+
+def receiver_like(sides: Sides) -> receiving.Receiver:
+    return receiving.Receiver(SMALL, [memory()], sides.receiver.settings, poison=True)
 
 
 # ---- senders and receivers that come and go ----------------------------------------------------------------------
