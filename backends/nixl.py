@@ -1,5 +1,5 @@
 """The `nixl` transport: NVIDIA's NIXL over UCX, by RDMA where the host has it, else by copies between the processes of
-one host (CMA) and by TCP.
+one host (CMA) and by TCP. Long because it is the whole contract; what it does elsewhere is in `_nixl_*`.
 
 A post becomes requests of at most `submit_bytes`, from one of a few threads of the transport's own (`_nixl_poster`):
 between processes of one host the engine copies within the call that posts. A peer is asked whether it answers, by a
@@ -40,12 +40,13 @@ from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_choice import choose, copies_refused
-from tensorferry.backends._nixl_crew import Crew, Limits
+from tensorferry.backends._nixl_crew import Crew
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_environment import MEMCPY, RDMA, TCP, Unfit
 from tensorferry.backends._nixl_jobs import Job, Target, cut
 from tensorferry.backends._nixl_keeping import Sealed, outlive
 from tensorferry.backends._nixl_options import NixlOptions
+from tensorferry.backends._nixl_poster import Limits
 from tensorferry.backends._nixl_sockets import Aftermath
 from tensorferry.backends._rdma import rdma_ports
 from tensorferry.core.errors import (
