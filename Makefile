@@ -1,6 +1,9 @@
 # `make help` lists the targets. Each sets up .venv first, by what it needs; a second run finds it ready.
 # ARGS goes to the command behind a target:  make demo ARGS="--tokens 50000"   make test ARGS="-k ledger"
 
+# Tests wait more than they compute, for time-outs above all: a few processes more than there are cores.
+WORKERS ?= 3
+
 VENV ?= .venv
 export VENV
 BIN := $(VENV)/bin
@@ -21,7 +24,7 @@ demo: ## move a real embedding that is larger than the pool, and verify every by
 .PHONY: test
 test: ## run every test
 	@scripts/setup engines
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: check
 check: lint types imports test ## lint, types, imports and test
