@@ -99,10 +99,10 @@ class UndoesDrained(MemoryTransport):
 class AnswersForReleasedHandles(MemoryTransport):
     def release(self, handle: int) -> None:
         super().release(handle)
-        self._over = {*getattr(self, "_over", set()), handle}
+        self._over = [*getattr(self, "_over", [])[-9:], handle]
 
     def poll(self, handle: int) -> Status:
-        return Status.DONE if handle in getattr(self, "_over", set()) else super().poll(handle)
+        return Status.DONE if handle in getattr(self, "_over", []) else super().poll(handle)
 
 
 @broken({"ERR-5": "release"})
