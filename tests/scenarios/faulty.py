@@ -79,9 +79,17 @@ class Faulty:
         return {FAIL: Status.FAILED, HOLD: Status.PENDING, LOSE: Status.UNKNOWN}[one.what]
 
     def drained(self, handle: int) -> bool:
-        one = self._scripted[handle]
+        one = self._scripted.get(handle)
+        if one is None:  # the real transport's own number: its `source_free` asks so
+            return bool(super().drained(handle))  # type: ignore[misc]
         if one.inner is not None:
             return bool(super().drained(one.inner))  # type: ignore[misc]
+        return one.what == FAIL
+
+    def source_free(self, handle: int) -> bool:
+        one = self._scripted[handle]
+        if one.inner is not None:
+            return bool(super().source_free(one.inner))  # type: ignore[misc]
         return one.what == FAIL
 
     def release(self, handle: int) -> None:
