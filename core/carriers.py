@@ -253,7 +253,7 @@ class Carriers:
             return reach
         if len(problems) == 1:
             raise problems[0]
-        raise self._no_way(reach.verdicts, hello, who)
+        raise self._no_way(reach.verdicts, hello, who, problems)
 
     def survey(self, hello: m.Hello, who: str, before: Reach | None = None) -> tuple[Reach, list[FerryError]]:
         """The same, and no way at all is an answer too: then there are no lanes."""
@@ -299,7 +299,7 @@ class Carriers:
                 seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
         return Reach(lanes, seen + self.rejected, tuple(blind)), problems
 
-    def _no_way(self, seen: list[Verdict], hello: m.Hello, who: str) -> FerryError:
+    def _no_way(self, seen: list[Verdict], hello: m.Hello, who: str, problems: Sequence[FerryError] = ()) -> FerryError:
         ours, theirs = [t.name for t in self.transports], [offer.name for offer in hello.offers]
         both = [v for v in seen if v.name in ours and v.name in theirs]
         if not both:
@@ -310,7 +310,8 @@ class Carriers:
             )
         told = "; ".join(f"{v.name}: {v.reason}" for v in both)
         kind = VersionMismatch if all("transport contract" in v.reason for v in both) else TransportMismatch
-        return kind(f"no transport joins the two sides: {told}", peer=who)
+        hints = dict.fromkeys(p.hint for p in problems if p.hint and p.hint != p.default_hint)  # any one may help
+        return kind(f"no transport joins the two sides: {told}", hint="; ".join(hints), peer=who)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -248,6 +248,10 @@ def test_where_nothing_joins_the_sides_every_reason_is_told() -> None:
     ]
     with pytest.raises(TransportMismatch, match="shm: another host; tcp: no"):
         Carriers(ours).reach(hello(("tcp", "tcp"), ("shm", "memcpy")), "peer")
+    ours[1].refuse = TransportMismatch("it listens on loopback only", hint="Set its option host")
+    with pytest.raises(TransportMismatch, match="loopback only") as caught:
+        Carriers(ours).reach(hello(("tcp", "tcp"), ("shm", "memcpy")), "peer")
+    assert caught.value.hint == "Set its option host"
     with pytest.raises(TransportMismatch, match="this side has tcp, the peer offers shm"):
         Carriers(Named("tcp")).reach(hello(("shm", "memcpy")), "peer")
     with pytest.raises(TransportMismatch, match="the peer offers none"):

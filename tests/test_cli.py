@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 from command_kit import environment, on_a_terminal, tensorferry
 
+from tensorferry import cli
 from tensorferry._version import __version__
 from tensorferry.commands import probing
 from tensorferry.core.settings import Settings
-from tensorferry.core.transport import Readiness
+from tensorferry.core.transport import Probe, Readiness
 
 ESCAPE = "\x1b["
 
@@ -171,6 +173,44 @@ def test_transports_why_adds_what_was_found():
     done = tensorferry("transports", "--why")
     assert done.returncode == 0
     assert re.search(r"^shm: ready\n +provided by +tensorferry .*\n +reason +\S", done.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--peer", ""],
+        ["--peer", "", "--require", "rdma"],
+        ["--timeout", "nan"],
+        ["--timeout", "-1"],
+        ["--timeout", "0"],
+        ["--timeout", "inf"],
+    ],
+)
+def test_transports_refuses_what_cannot_be_asked(args, capsys):
+    try:
+        status = cli.main(["transports", *args])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert args[0] in capsys.readouterr().err
+
+
+def test_a_peer_that_does_not_answer_leaves_the_local_table(monkeypatch, capsys):
+    monkeypatch.setattr(probing, "probe_each", lambda names, *_, **__: {n: Probe(Readiness.READY, "") for n in names})
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"  # without a scheme, as `receive --from` takes it
+        args = ["transports", "--peer", address, "--timeout", "0.2"]
+        assert cli.main([*args, "--format", "json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["status"] == "failed"
+        assert "tcp" in {row["name"] for row in found["transports"]}
+        assert found["peer"]["address"] == f"tcp://{address}"
+        assert found["peer"]["error"]["code"] == "peer_unreachable"
+        assert cli.main(args) == 1
+    told = capsys.readouterr()
+    assert "provided by" in told.out
+    assert "(peer_unreachable)" in told.err
 
 
 def test_a_transport_that_crashes_or_exits_is_a_row(strange_transports):

@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorferry.commands import probing
-from tensorferry.commands.output import BadFlag, Exit, Output
+from tensorferry.commands import carrying, probing
+from tensorferry.commands.output import BadFlag, Exit, Output, exit_for
+from tensorferry.core.errors import FerryError
+from tensorferry.core.setting_values import seconds
 
 if TYPE_CHECKING:
     from tensorferry.core.selection import Verdict
@@ -46,7 +48,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=probing.DEFAULT_SECONDS,
         metavar="SECONDS",
         help="longest wait for one transport's answer, and for the peer's (default %(default)g)",
@@ -54,19 +56,39 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _seconds(text: str) -> float:
+    return seconds(text)
+
+
+_seconds.__name__ = "time"
+
+
 def run(args: argparse.Namespace, out: Output) -> Exit:
     from tensorferry.plugins import registry
 
-    if args.require and not args.peer:
+    if args.peer is not None and not args.peer.strip():
+        raise BadFlag("--peer is empty", hint="Give the control address of a running sender, tcp://HOST:PORT")
+    if args.require and args.peer is None:
         raise BadFlag("--require says what the bytes between two sides must travel by", hint="Give --peer ADDR as well")
     answers = probing.probe_each((plugin.name for plugin in registry.available()), args.timeout, debug=args.debug)
     found = registry.ranked(answers.__getitem__)
     usable = any(entry.probe.usable for entry in found)
-    peer = _Peer.survey(args.peer, args.require or "", args.timeout) if args.peer else None
+    peer: _Peer | None = None
+    error: FerryError | None = None
+    address = "" if args.peer is None else carrying.address(args.peer)
+    if address:
+        try:
+            peer = _Peer.survey(address, args.require or "", args.timeout)
+        except FerryError as caught:  # what was found here is told all the same
+            error = caught
     if out.json:
-        ok = usable and (peer is None or peer.chosen is not None)
+        ok = usable and error is None and (peer is None or peer.chosen is not None)
         told: dict[str, Any] = {"status": "ok" if ok else "failed", "transports": [_as_dict(entry) for entry in found]}
-        out.object(told if peer is None else told | {"peer": peer.as_dict()})
+        if peer is not None:
+            told["peer"] = peer.as_dict()
+        elif error is not None:
+            told["peer"] = {"address": address, "error": error.as_dict()}
+        out.object(told)
     else:
         if args.why:
             for entry in found:
@@ -78,6 +100,10 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
             )
         if peer is not None:
             peer.show(out)
+        elif error is not None:
+            out.error(error)
+    if error is not None:
+        return exit_for(error)
     return Exit.OK if usable and (peer is None or peer.chosen is not None) else Exit.CANNOT_RUN_HERE
 
 
