@@ -204,6 +204,7 @@ class Worker:
             self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
             target.knock = None
         self._agent.forget(target.told.agent)
+        cut_connections(target.told.ports, self._agent.ports)  # which the engine keeps for as long as the peer does
         target.learnt, target.ready, target.cut = -1, False, False
 
     def _lose(self, job: Job, why: str) -> None:
