@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -71,6 +72,8 @@ class Endpoint:
         self.name = text(name, "name", kind=ConfigError) or f"{os.getpid()}-{self.incarnation:x}"
         if len(self.name) > 128:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
+        if re.search(m.PRINTABLE, self.name) is None:
+            raise ConfigError(f"an endpoint's name cannot hold control characters: {self.name!r}")
         self.carriers = Carriers(transports, require=settings.require)
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()

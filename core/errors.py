@@ -282,6 +282,9 @@ BY_CODE: dict[str, type[FerryError]] = {cls.code: cls for cls in _subclasses(Fer
 
 def from_code(code: str, cause: str, *, room: int | None = None, peer: str | None = None) -> FerryError:
     """The error that a peer's `code` names; an unknown code is a ProtocolViolation that quotes it."""
+    cause = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in cause
+    )  # it is shown to people as it is
     cls = BY_CODE.get(code)
     if cls is None:
         return ProtocolViolation(f"the peer ended with an unknown code {code!r}: {cause}", room=room, peer=peer)

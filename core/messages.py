@@ -27,7 +27,15 @@ U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Room = U63
 Rank = Annotated[int, Meta(ge=0, lt=4096)]
 Text = Annotated[str, Meta(max_length=1024)]
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
+PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*\Z"
+"""What names of endpoints hold: they stand in logs and on terminals, and whoever sends them is not known. No control
+characters, no line separators, nothing that turns the direction of writing."""
+
+WORD = r"\A[\x21-\x7e]*\Z"
+"""What names of transports and their paths hold."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=PRINTABLE)]
+TransportName = Annotated[str, Meta(min_length=1, max_length=128, pattern=WORD)]
 Id16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 MAX_RUNS = 4096
@@ -68,9 +76,9 @@ class Offer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     `regions` is packed: (region id, generation) per slab, empty from a sender.
     """
 
-    name: Name
+    name: TransportName
     contract: Annotated[int, Meta(ge=0, lt=1 << 16)]
-    path: Annotated[str, Meta(max_length=32)]
+    path: Annotated[str, Meta(max_length=32, pattern=WORD)]
     descriptor: Annotated[bytes, Meta(max_length=64 * 1024)]
     regions: Annotated[bytes, Meta(max_length=_REGION.size * MAX_RUNS)]
 
@@ -167,7 +175,7 @@ class Announce(OfTransfer, frozen=True, tag="A", kw_only=True):
     aux: Annotated[bytes, Meta(min_length=128, max_length=128)]
     integrity: Annotated[str, Meta(max_length=16)]
     ready: Annotated[int, Meta(ge=0, lt=1 << 48)]
-    via: Annotated[str, Meta(max_length=128)]
+    via: Annotated[str, Meta(max_length=128, pattern=WORD)]
 
 
 class Done(OfTransfer, frozen=True, tag="D", kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -13,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tensorferry.core import messages as m
+from tensorferry.core.errors import from_code
 from tensorferry.core.wire import FRAME_VERSION, MAGIC, MAX_FRAME_BYTES, BadFrame, decode, encode
 
 KINDS: tuple[type[m.Message], ...] = get_args(m.AnyMessage)
@@ -20,14 +22,15 @@ KINDS: tuple[type[m.Message], ...] = get_args(m.AnyMessage)
 U63 = st.integers(0, (1 << 63) - 1)
 U32 = st.integers(0, (1 << 32) - 1)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
-NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
+NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(re.compile(m.PRINTABLE).search)
+WORD = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=32)
 ID16 = st.binary(min_size=16, max_size=16)
 OFFERS = st.lists(
     st.builds(
         m.Offer,
-        NAME,
+        WORD.filter(bool),
         st.integers(0, (1 << 16) - 1),
-        st.text(max_size=32),
+        WORD,
         st.binary(max_size=100),
         st.binary(max_size=64),
     ),
@@ -51,7 +54,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ranks": st.integers(1, 4096),
     "aux": st.binary(min_size=128, max_size=128),
     "integrity": st.text(max_size=16).filter(lambda text: text.isascii()),
-    "via": st.text(max_size=128),
+    "via": WORD,
 }
 
 
@@ -132,6 +135,36 @@ def test_no_bytes_do_more_than_be_refused(data: bytes) -> None:
         with suppress(BadFrame):  # anything else that is raised fails the test
             message = decode(candidate)
             assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("bad", ["\n", "a\n", "\x1b[2J", "\x7f", "\x9b2J", "a\u2028b", "\u202eab", "\0"])
+def test_what_people_read_holds_no_control_characters(bad: str) -> None:
+    """Names and paths of whoever speaks stand in logs and on terminals as they are."""
+    offer = m.Offer("tcp", 1, "tcp", b"", b"")
+    good = m.Hello(
+        src=1, dst=2, min_live=3, version=1, name="größe 1", layout=bytes(16), block_size=1, pool_blocks=1, slabs=1,
+        generations=b"", offers=(offer, m.Offer("x", 1, "", b"", b"")), revision=1, ack=1,
+    )  # fmt: skip
+    assert decode(encode(good)) == good
+    replace = msgspec.structs.replace
+    for spoilt in (
+        replace(good, name=bad),
+        replace(good, offers=(replace(offer, name=bad),)),
+        replace(good, offers=(replace(offer, path=bad),)),
+    ):
+        assert reason(encode(spoilt)) == "content"
+    announce = m.Announce(
+        src=1, dst=2, xfer=3, total=4, content_id=bytes(16), present=1, aux=bytes(128), integrity="off", ready=0,
+        via="",
+    )  # fmt: skip
+    assert decode(encode(announce)) == announce
+    assert reason(encode(replace(announce, via=bad))) == "content"
+
+
+def test_what_a_peer_says_of_its_end_is_shown_without_control_characters() -> None:
+    for code in ("cancelled", "unheard_of"):
+        cause = from_code(code, "größe\n\x1b[2J\u202ex").cause
+        assert cause.endswith("größe\\n\\x1b[2J\\u202ex")
 
 
 @given(ANY, st.data())

@@ -109,6 +109,12 @@ def test_what_is_not_such_a_thing_is_refused_by_its_name_and_changes_nothing(wha
         quay.carry(10)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\n", "\u202eab"])
+def test_a_name_that_no_log_can_show_is_refused(name: str) -> None:
+    with pytest.raises(errors.ConfigError, match="control characters"):
+        tf.Sender(SMALL, transport="shm", name=name)
+
+
 @pytest.mark.parametrize("components", [5, "input_embeds", [1, 2], [None, "input_embeds"], [["input_embeds"]]])
 def test_components_that_are_no_names_are_refused(components: Any) -> None:
     with Quay(layout=SMALL) as quay, pytest.raises(errors.BadTensor, match="components are names"):
