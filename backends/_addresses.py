@@ -38,11 +38,17 @@ def local_addresses() -> list[str]:
     virtual ones, and bridges (which usually lead to containers of this host only) last; of equals, IPv4 first. Empty
     where there is no network, or it cannot be read. Never raises.
     """
+    # The kernel hands the list over in parts, and one that changes meanwhile can lack what is there: asked twice.
+    found = _found() or _found()
+    return [one.address for one in sorted(found.values(), key=_rank)]
+
+
+def _found() -> dict[str, _Found]:
     try:
         adapters = list(ifaddr.get_adapters())
     except OSError as error:
         log.warning("the network interfaces cannot be read: %s", error)
-        return []
+        return {}
     outward = _outward()
     found: dict[str, _Found] = {}
     for adapter in adapters:
@@ -54,7 +60,7 @@ def local_addresses() -> list[str]:
             if _is_usable(address):
                 family = 4 if isinstance(ip.ip, str) else 6
                 found.setdefault(address, _Found(address, name, address in outward, family))
-    return [one.address for one in sorted(found.values(), key=_rank)]
+    return found
 
 
 def _rank(one: _Found) -> tuple[bool, bool, bool, int, int]:

@@ -84,7 +84,8 @@ class Engine:
             why = f" over {', '.join(environment.rdma_ports())}" if environment.rdma_ports() else ""
             raise Unfit(
                 f"the Mooncake engine does not start{why} (code {failed})",
-                "Its own lines on standard error, with MC_LOG_LEVEL=INFO, say why; MC_FORCE_TCP=1 does without RDMA",
+                "Its own lines on standard error, with MC_LOG_LEVEL=INFO, say why; MC_FORCE_TCP=1 does without RDMA. "
+                "Each engine of this host takes two ports of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT, where they are set",
             )
         _alive.add(self)
         self.port: int = self._engine.get_rpc_port()

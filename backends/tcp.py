@@ -209,7 +209,7 @@ class TcpTransport(HostTransport[Post]):
             ) from error
         self._lanes = lanes
         self._port = int(listener.getsockname()[1])
-        self._addresses = _own_addresses(host, listener.family)
+        self._listens = (host, listener.family)
         self._harbor = Harbor(self._instance, secrets.token_bytes(16), lanes, listener)
         # A transport that is dropped without close() must not leave its threads waiting for ever. They do not know the
         # transport, so dropping it is noticed.
@@ -241,7 +241,7 @@ class TcpTransport(HostTransport[Post]):
                 self._host,
                 self._pid,
                 _process.start_time(self._pid) or 0,
-                self._addresses,
+                _own_addresses(*self._listens),  # as they are now: the network may have come up since
                 self._port,
                 [(region.id, region.generation, region.memory.nbytes) for region in self._live.values()],
             )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ifaddr
 import msgspec
 import pytest
 from transport_ends import PATIENCE_S, Brake, at, ended, eventually, filled, over
@@ -296,6 +297,28 @@ def test_a_peer_on_loopback_of_another_host_has_no_path(opened: Open) -> None:
     with pytest.raises(TransportMismatch, match="loopback"):
         writer.connect(redirected(owner, host=other))
     assert "127.0.0.1" not in writer._way_to(msgspec.structs.replace(told, host=other, addresses=["192.0.2.9"]))
+
+
+def test_a_descriptor_tells_the_addresses_of_now(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport that was opened before its network came up can be reached once it is there."""
+    monkeypatch.setattr(tcp_module, "local_addresses", list)
+    transport = opened()
+
+    def told() -> list[str]:
+        return msgspec.msgpack.decode(transport.describe(), type=wire.Descriptor).addresses
+
+    assert "192.0.2.7" not in told()
+    monkeypatch.setattr(tcp_module, "local_addresses", lambda: ["192.0.2.7"])
+    assert told()[0] == "192.0.2.7"
+
+
+def test_a_list_of_interfaces_that_came_back_empty_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ifaddr.Adapter("up0", "up0", [ifaddr.IP("192.0.2.7", 24, "up0")])
+    answers = [[], [here]]
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: answers.pop(0))
+    assert local_addresses() == ["192.0.2.7"]
+    answers = [[], []]
+    assert local_addresses() == []
 
 
 def test_an_address_that_is_none_is_a_violation(opened: Open) -> None:
