@@ -80,6 +80,11 @@ transcripts: ## record the golden transcripts anew
 	@scripts/setup dev
 	$(BIN)/python -m tensorferry.conformance.protocol.transcripts --write
 
+.PHONY: conformance-rdma
+conformance-rdma: ## the conformance suite's transport rules on mooncake over RDMA verbs, in a throw-away VM
+	@scripts/setup engines
+	scripts/conformance-rdma $(ARGS)
+
 .PHONY: engines
 engines: ## add the optional engines (Mooncake, NIXL) and the system libraries that they need
 	@scripts/setup engines
