@@ -90,7 +90,7 @@ engines: ## add the optional engines (Mooncake, NIXL) and the system libraries t
 	@scripts/setup engines
 
 .PHONY: rdma
-rdma: ## check mooncake on real RDMA verbs, in a VM that has them (docs/rdma.md; Debian 12, root, 125 MB once)
+rdma: ## check mooncake and nixl on real RDMA verbs, in a VM that has them (docs/rdma.md; Debian 12, root, 125 MB once)
 	@scripts/setup engines
 	@scripts/check-rdma $(ARGS)
 

@@ -125,6 +125,8 @@ class NixlTransport(HostTransport[Job]):
             "cma": f"refused: {refused}" if refused else "permitted",
             "ptrace_scope": environment.ptrace_scope(),
             "listens": "over TCP on all interfaces, for anybody who can connect",
+            "authentication": "none: whoever connects can write to any memory of the process",
+            "binding": "UCX_NET_DEVICES=eth0 (say) keeps UCX to that interface",
             **environment.said("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES"),
         }
         if not cause:
