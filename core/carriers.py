@@ -268,6 +268,8 @@ class Carriers:
         for verdict in verdicts:
             if not verdict.viable:
                 seen.append(verdict)
+                if verdict.name in ours and verdict.name in offered:
+                    blind.append(verdict.name)  # ours not to use; the peer may see it otherwise
                 continue
             known = before.lane_of(verdict.name) if before is not None else None
             try:
@@ -286,7 +288,9 @@ class Carriers:
             except FerryError as problem:
                 problems.append(problem)
                 seen.append(replace(verdict, viable=False, reason=problem.cause))
-                if not isinstance(problem, TransportMismatch | VersionMismatch):
+                # That two sides are on one host holds for both of them. Whether there is a way over a network may not.
+                same_host = ours[verdict.name].capabilities.same_host_only
+                if not (same_host and isinstance(problem, TransportMismatch)):
                     blind.append(verdict.name)
         seen.sort(key=lambda v: not v.viable)
         if lanes:

@@ -70,6 +70,10 @@ class Named(PlainTransport):
         self.closed += 1
 
 
+class SameHost(Named):
+    capabilities = replaced(PlainTransport.capabilities, same_host_only=True)
+
+
 class Choosy(Named):
     capabilities = replaced(PlainTransport.capabilities, allocates_targets=True)
 
@@ -226,13 +230,28 @@ def test_the_best_that_both_have_carries_and_the_rest_follows() -> None:
 
 def test_a_transport_that_does_not_reach_this_peer_gives_way_and_says_why() -> None:
     carriers = Carriers(
-        [Named("shm", "memcpy", refuse=TransportMismatch("the peer runs on another host")), Named("tcp")]
+        [SameHost("shm", "memcpy", refuse=TransportMismatch("the peer runs on another host")), Named("tcp")]
     )
     reach = carriers.reach(hello(("shm", "memcpy"), ("tcp", "tcp")), "peer")
     assert lanes(reach) == ["tcp"]
     assert reasons(reach)["shm"] == "the peer runs on another host"
     assert reasons(reach)["tcp"] == "first choice of what is left: over tcp"
     assert not reach.blind  # a mismatch holds for both sides: the peer cannot use it either
+
+
+def test_a_way_over_a_network_that_we_do_not_see_may_be_seen_by_the_peer() -> None:
+    apart = TransportMismatch("the peer listens on loopback only")
+    carriers = Carriers([Named("mooncake", "rdma"), Named("tcp", refuse=apart)])
+    reach = carriers.reach(hello(("mooncake", "rdma"), ("tcp", "tcp")), "peer")
+    assert lanes(reach) == ["mooncake"]
+    assert reach.blind == ("tcp",)
+
+
+def test_what_we_may_not_use_the_peer_may(caplog: pytest.LogCaptureFixture) -> None:
+    carriers = Carriers([Named("mooncake", "rdma"), Named("nixl", "rdma")], require="rdma")
+    reach = carriers.reach(hello(("mooncake", "rdma"), ("nixl", "tcp")), "peer")
+    assert lanes(reach) == ["mooncake"]
+    assert reach.blind == ("nixl",)
 
 
 def test_with_one_transport_its_own_error_is_told() -> None:
