@@ -25,6 +25,10 @@ class Target:
     """Its process, where it is one of this host."""
     jobs: deque[Job] = field(default_factory=deque)
     under_way: list[Submit] = field(default_factory=list)
+    before: set[int] = field(default_factory=set)
+    """Connections of this process to it when the engine first heard of it: others'."""
+    sockets: set[int] = field(default_factory=set)
+    """Those that came with its answer: the engine's, for this peer."""
     learnt: int = -1
     """The revision of the descriptor whose metadata the engine has."""
     ready: bool = False

@@ -2,7 +2,8 @@
 
 A thread of its own per peer would be too many, one for all would let each hold up the rest: so a few, and a peer
 belongs to one of them for good. The engine copies within the call that posts (between processes of one host), or it
-takes the request and has to be asked how it goes. It has no time-out of its own, so the clock is here.
+takes the request and has to be asked how it goes. It has no time-out of its own, so the clock is here. Long because the
+whole life of a post is told in one place.
 
 How a post ends. DONE: every request of it ended well, which the engine says when the peer has acknowledged it or the
 copy is made. FAILED: some of it was never submitted (the peer did not answer, it was cancelled, the transport closed)
@@ -14,6 +15,7 @@ end of its process drains such a post.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from typing import Protocol
 
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
-from tensorferry.backends._nixl_sockets import cut_connections
+from tensorferry.backends._nixl_sockets import connections, cut_connections
 from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.nixl")
@@ -195,16 +197,24 @@ class Worker:
         """The pair is spoilt: end its connections, and begin anew when nothing is under way on them any more."""
         target.ready = False
         target.cut = True
-        cut_connections(target.told.ports, self._agent.ports)
+        self._cut(target)
         if not target.under_way:
             self._forget(target)
+
+    def _cut(self, target: Target) -> None:
+        """End its connections. Not those within this process: they are the other agent's too, and it is never stopped
+        while we run."""
+        if target.told.pid != os.getpid():
+            cut_connections(target.sockets or connections(target.told.ports) - target.before)
+            target.before = connections(target.told.ports)  # a second cut finds nothing more
+        target.sockets = set()
 
     def _forget(self, target: Target) -> None:
         if target.knock is not None:
             self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
             target.knock = None
         self._agent.forget(target.told.agent)
-        cut_connections(target.told.ports, self._agent.ports)  # which the engine keeps for as long as the peer does
+        self._cut(target)  # what the engine would keep for as long as the peer does
         target.learnt, target.ready, target.cut = -1, False, False
 
     def _lose(self, job: Job, why: str) -> None:
@@ -267,6 +277,8 @@ class Worker:
         return True
 
     def _knock(self, target: Target, now: float) -> None:
+        if target.learnt < 0:
+            target.before = connections(target.told.ports)
         if not self._learn(target):
             return
         target.asked_at = now
@@ -295,11 +307,11 @@ class Worker:
             self._agent.release(target.knock)
             target.knock = None
         target.ready = True
+        target.sockets = target.sockets or connections(target.told.ports) - target.before
 
     def _refused(self, target: Target, why: str) -> None:
         # Those that came while it was asked are asked for anew: a peer may go on, or come back.
         self._give_up(target, why, lambda job: job.queued_at <= target.asked_at or target.ended())
-        cut_connections(target.told.ports, self._agent.ports)
         self._forget(target)
         target.not_before = time.monotonic() + COOLDOWN_S
 

@@ -44,16 +44,22 @@ def listening_ports() -> set[int]:
     return ports
 
 
-def cut_connections(ports: Collection[int], own: Collection[int]) -> int:
-    """End this process's connections to those ports of a peer; how many there were. None that it accepted, and none
-    to itself."""
-    count = 0
+def connections(ports: Collection[int]) -> set[int]:
+    """This process's connections to those ports of a peer, by their inodes."""
+    found = set()
     for one in _own_sockets():
         with suppress(OSError):
-            if one.getpeername()[1] in ports and one.getsockname()[1] not in own:
+            if one.getpeername()[1] in ports:
+                found.add(os.fstat(one.fileno()).st_ino)
+    return found
+
+
+def cut_connections(inodes: Collection[int]) -> None:
+    """End these, and no others: another agent of this process may have connections to the same peer."""
+    for one in _own_sockets() if inodes else ():
+        with suppress(OSError):
+            if os.fstat(one.fileno()).st_ino in inodes:
                 one.shutdown(socket.SHUT_RDWR)
-                count += 1
-    return count
 
 
 class Aftermath:
