@@ -24,7 +24,7 @@ demo: ## move a real embedding that is larger than the pool, and verify every by
 .PHONY: test
 test: ## run every test
 	@scripts/setup engines
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: check
 check: lint types imports test ## lint, types, imports and test

@@ -53,7 +53,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Report]
     chosen = [
         item.callspec.params["one"]
         for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "one" in item.callspec.params
+        if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec")
     ]
     chosen.sort(key=lambda one: one.name not in LONGEST)
     with ThreadPoolExecutor(6) as pool:
@@ -63,6 +63,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Report]
             future.cancel()
 
 
+@pytest.mark.xdist_group("broken transports")  # one process for all of them: their reports are made side by side
 @pytest.mark.timeout(3600 if ALL else 600)  # the first of them waits for the whole pool, on a machine that may be busy
 @pytest.mark.parametrize("one", catalogue(), ids=lambda one: one.name)
 def test_a_broken_transport_fails_what_it_breaks_and_nothing_else(
