@@ -21,6 +21,7 @@ from tensorferry.conformance.model import (
     Verdict,
     Violation,
 )
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.rules import Rule, rules
 from tensorferry.conformance.stage import Stage, declares
 from tensorferry.conformance.target import Target
@@ -78,7 +79,7 @@ def judge(setup: Setup, check: Check) -> Finding:
 
 
 def limit_s(check: Check, tier: Tier) -> float:
-    return check.seconds * (1, 1, 4)[tier]
+    return check.seconds * (1, 1, 4)[tier] * FACTOR
 
 
 def _run(stage: Stage, check: Check, outcome: _Outcome) -> None:

@@ -20,6 +20,7 @@ from tensorferry.conformance import hooks as hooks_module
 from tensorferry.conformance import known as known_module
 from tensorferry.conformance.judge import Setup, judge, limit_s, usable
 from tensorferry.conformance.model import Finding, SuiteError, Tier, Verdict, checks
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.rules import Kind, Level, Rule, rules
 from tensorferry.conformance.rules import select as pick
 from tensorferry.conformance.target import Factory, Target, child_environment, resolve
@@ -27,10 +28,10 @@ from tensorferry.conformance.worker import Order
 from tensorferry.core.errors import ConfigError, TransportUnavailable, from_code
 from tensorferry.core.transport import Transport
 
-GRACE_S = 20.0
+GRACE_S = 20.0 * FACTOR
 """How much longer than the check's own limit a worker may stay silent: then it hangs where no thread can look."""
 
-START_S = 60.0
+START_S = 60.0 * FACTOR
 """Longest start of a worker, the import of an engine included."""
 
 SMOKE = "LIF-1"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tensorferry.conformance.hooks import Hooks
 from tensorferry.conformance.model import Inconclusive, Tier, Violation
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.patterns import GUARD, SEAL, difference, pattern
 from tensorferry.conformance.target import Target
 from tensorferry.core.errors import FerryError
@@ -24,7 +25,7 @@ log = logging.getLogger("tensorferry.conformance")
 
 T = TypeVar("T")
 FINAL = (Status.DONE, Status.FAILED, Status.UNKNOWN)
-PATIENCE_S = 10.0
+PATIENCE_S = 10.0 * FACTOR
 
 
 def at(region: Region) -> RemoteRegion:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from tensorferry.conformance.model import check
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.stage import Stage
 from tensorferry.core.errors import Cancelled, FerryError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 HIDDEN = 16
 BLOCK = 16
-PATIENCE_S = 20.0
+PATIENCE_S = 20.0 * FACTOR
 
 
 def _choosers(seed: int) -> dict[str, Choose | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from tensorferry.conformance.model import NotApplicable, check
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.stage import Stage, at
 from tensorferry.conformance.target import child_environment
 from tensorferry.core.errors import ConfigError, FerryError, UnknownOption
@@ -31,8 +32,8 @@ from tensorferry.core.transport import (
 )
 from tensorferry.plugins import registry
 
-PROBE_S = 10.0
-IMPORT_S = 2.0
+PROBE_S = 10.0 * FACTOR
+IMPORT_S = 2.0 * FACTOR
 
 
 def _cls(stage: Stage) -> type[Transport]:

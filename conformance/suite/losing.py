@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tensorferry.conformance.model import NotApplicable, check
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.patterns import difference, pattern
 from tensorferry.conformance.processes import PeerProcess, joined
 from tensorferry.conformance.stage import FINAL, Pair, Stage, at
@@ -16,8 +17,8 @@ from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, PeerState, Region, Status, Transport
 
-NOTICED_WITHIN_S = 30.0
-ENDS_WITHIN_S = 60.0
+NOTICED_WITHIN_S = 30.0 * FACTOR
+ENDS_WITHIN_S = 60.0 * FACTOR
 
 
 def meet(stage: Stage, nbytes: int = 4096, *, writer: Transport | None = None) -> tuple[PeerProcess, Pair]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tensorferry.conformance.model import Violation
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.patterns import difference
 from tensorferry.conformance.stage import FINAL, Pair, Stage, at
 from tensorferry.core.errors import FerryError
@@ -14,7 +15,7 @@ from tensorferry.core.transport import Copy, Region, Status
 
 NBYTES = 4 << 20
 SHOTS = 8
-ENDS_WITHIN_S = 60.0
+ENDS_WITHIN_S = 60.0 * FACTOR
 
 
 @dataclass
