@@ -15,7 +15,6 @@ end of its process drains such a post.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -202,11 +201,9 @@ class Worker:
             self._forget(target)
 
     def _cut(self, target: Target) -> None:
-        """End its connections. Not those within this process: they are the other agent's too, and it is never stopped
-        while we run."""
-        if target.told.pid != os.getpid():
-            cut_connections(target.sockets or connections(target.told.ports) - target.before)
-            target.before = connections(target.told.ports)  # a second cut finds nothing more
+        """End its connections: those that came when it was asked, and not what others have to it, or it to itself."""
+        cut_connections(target.sockets or connections(target.told.ports) - target.before)
+        target.before = connections(target.told.ports)  # a second cut finds nothing more
         target.sockets = set()
 
     def _forget(self, target: Target) -> None:
