@@ -368,7 +368,10 @@ class Receiver(Endpoint):
                 hint = "Check the group's leader address and that rank 0 is running"
                 self._do(self.machine.cancel(xfer, PeerUnreachable(nobody, peer=self.group.leader, hint=hint)))
             return
-        if t.live and not t.told and not self.group.leads and age > s.transfer_deadline + s.peer_timeout:
+        overdue = t.live and not self.group.leads and age > s.transfer_deadline + s.peer_timeout
+        if overdue and t.told:  # its caller has left, and whoever could have decided has had its deadline
+            self._do(self.machine.resolve(xfer, run=False))
+        elif overdue:
             none = (
                 f"the leader has not told what became of the room within transfer_deadline ({s.transfer_deadline:g} s)"
             )

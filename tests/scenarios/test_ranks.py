@@ -109,6 +109,17 @@ def test_a_rank_that_cancels_ends_the_room_for_all(kind: str, ranks: int, rank: 
         assert all(t.result(PATIENCE).aux[0] == 50 for t in again)
 
 
+def test_a_rank_alone_with_a_room_is_rid_of_it_in_time(kind: str) -> None:
+    """Its caller has left, and the leader, which knows nothing of the room, will never say what becomes of it."""
+    quick = {"transfer_deadline": 0.6, "peer_timeout": 0.6, "announce_deadline": 0.6, "heartbeat": 0.1}
+    with Quay(kind, **SIZES, **quick, ranks=2) as quay:  # type: ignore[arg-type]
+        alone = quay.receive(1, 1)
+        eventually(lambda: opened(quay) == 1)
+        alone.cancel()
+        assert alone.status == "FAILED"
+        eventually(lambda: not quay.receivers[1]._call(lambda: dict(quay.receivers[1].machine.transfers)))
+
+
 def opened(quay: Quay) -> int:
     """How many ranks the sender has met in the one room there is."""
     return sum(quay.sender._call(lambda: [len(slot.bindings) for slot in quay.sender.machine.slots.values()]))
