@@ -63,7 +63,8 @@ def value(kind: schema.Type, rng: Random) -> Any:
         return rng.randbytes(rng.choice((low, min(high, low + 16), rng.randint(low, min(high, low + 4096)))))
     if isinstance(kind, schema.StrType):
         low, high = kind.min_length or 0, kind.max_length if kind.max_length is not None else 64
-        return "".join(rng.choice("ab\u00e9\u4e2d") for _ in range(rng.randint(low, min(high, 40))))
+        letters = "ab\u00e9\u4e2d" if kind.pattern is None else "ab~!"
+        return "".join(rng.choice(letters) for _ in range(rng.randint(low, min(high, 40))))
     if isinstance(kind, schema.VarTupleType) and isinstance(kind.item_type, schema.StructType):
         item = kind.item_type
         made = (item.cls(*(value(field.type, rng) for field in item.fields)) for _ in range(rng.randint(0, 3)))
