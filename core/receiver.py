@@ -51,7 +51,7 @@ class ReceiverMachine(ReceiverState):
         self.rooms[room] = t.xfer
         if self.group.ranks > 1 and self.group.leads:
             self.decisions.open(t.xfer, room, self.group.ranks)
-        if peer.inc and peer.usable:
+        if peer.inc > peer.floor and peer.usable:  # one that is proved gone is not asked, and lent nothing
             self._open(t, peer)
         else:
             self._send(route, self._hello(peer))  # no grant before Hello is answered: a wrong address costs no block
@@ -207,7 +207,8 @@ class ReceiverMachine(ReceiverState):
         if t is None:
             return self._take_effects()
         peer = self.peers[t.route]
-        if not t.closed and (not peer.usable or peer.ack < self.hello.revision):  # before it, nothing else is heard
+        introduced = peer.usable and t.sender and peer.ack >= self.hello.revision
+        if not t.closed and not introduced:  # before it, nothing else is heard
             self._send(t.route, self._hello(peer))
         if t.sender:
             waits = t.phase is not Phase.VOTED and not t.out  # nothing else says that we are still here for it
