@@ -1,8 +1,8 @@
 """Mutants against layers: one mechanism taken out of the machines or of the world, and who finds out.
 
 The exhaustive search has to kill every mutant by the invariant that its mechanism is for, the simulation too within 100
-seeds. `new_inc_vouches` may live in the
-latter: by chance it takes some ten thousand seeds. (The `zombies` profile aims at it, and finds it within a hundred.)
+seeds. `new_inc_vouches` may live in the latter: by chance it takes some ten thousand seeds. (The `zombies` profile aims
+at it, and finds it within a hundred.)
 
 `python -m tensorferry.conformance.protocol.matrix` prints the table; exit 1 if a mutant lives.
 """
