@@ -161,7 +161,9 @@ def test_the_verdict_is_ok_only_when_status_and_word_agree(
     (scripts / RUNNER.name).write_text(f'#!/bin/sh\n[ "$1" != -P ] || exit 0\n{runner}\n')
     for script in scripts.iterdir():
         script.chmod(0o755)
-    done = subprocess.run([scripts / CHECK.name], capture_output=True, text=True, timeout=60, check=False)
+    (tmp_path / "tests" / "rdma").mkdir(parents=True)
+    (tmp_path / "tests" / "rdma" / "mooncake_over_verbs.py").touch()  # what the runner stands in for
+    done = subprocess.run([scripts / CHECK.name, "mooncake"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status
     assert done.stdout.strip().splitlines()[-1].startswith(verdict)
 
@@ -202,5 +204,7 @@ def test_interrupting_it_leaves_nothing_behind(prepared: None, tmp_path: Path) -
 
 @pytest.mark.timeout(600)
 def test_mooncake_moves_data_over_verbs(prepared: None) -> None:
-    done = subprocess.run([CHECK], capture_output=True, text=True, timeout=590, check=False)
+    # An engine that was opened in this process has left its variables here, and the VM is given them.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MC_", "UCX_", "NIXL_"))}
+    done = subprocess.run([CHECK, "mooncake"], env=clean, capture_output=True, text=True, timeout=590, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
