@@ -63,6 +63,8 @@ class Reach:
     so nothing that they cannot rule out counts as proved."""
     failures: int = field(default=0)
     """Fresh starts in a row that the lane in use has cost: the posts of one hiccup count once."""
+    covered: tuple[int, tuple[int, int]] = (0, (0, 0))
+    """What the last failure covers: posts up to this number, and the (transfer, epoch) that it was met in."""
 
     @property
     def lane(self) -> Lane:
@@ -88,7 +90,7 @@ class Reach:
 
     def fall_back(self, reason: str) -> bool:
         """Put the lane in use last: the next one carries from now on. False where there is no other."""
-        self.failures = 0
+        self.failures, self.covered = 0, (0, (0, 0))
         if sum(lane.barred is None for lane in self.lanes) < 2:
             return False
         self._put_last(self.lanes[0], viable=True, reason=f"the last resort: {reason}")

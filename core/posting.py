@@ -101,7 +101,6 @@ class Poster:
         self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
         self._posted: dict[int, Posted] = {}  # in the order of posting
         self._posts = 0
-        self._counted: dict[int, tuple[int, tuple[int, int]]] = {}  # by receiver: what its last failure covers
         self._over: set[int] = set()  # serials of transfers that have ended, as long as their rows are held
 
     def _plan(self, receiver: int, block: int) -> SlabPlan:
@@ -135,7 +134,6 @@ class Poster:
             return False
         for number in mine:
             del self._posted[number]
-        self._counted.pop(receiver, None)
         return True
 
     def release(self, serial: int) -> None:
@@ -240,16 +238,15 @@ class Poster:
         target = self.targets.get(receiver)
         if target is None or target.reach.lane.transport is not transport:
             return  # it carries no more
-        upto, epoch = self._counted.get(receiver, (0, (0, 0)))
+        upto, epoch = target.reach.covered
         if number <= upto or epoch == write.write[1:3]:
             return  # it was under way, or in line, when the last failure was counted
-        self._counted[receiver] = self._posts, write.write[1:3]
+        target.reach.covered = self._posts, write.write[1:3]
         target.reach.failures += 1
         if target.reach.failures < FALL_BACK_AFTER or not target.reach.fall_back(reason):
             return
         carries = target.reach.lane.transport.name
         log.warning("%s failed %d times in a row (%s); %s carries", transport.name, FALL_BACK_AFTER, reason, carries)
-        self._counted.pop(receiver, None)
         self._do(self._machine.connected(receiver, None, via=carries))
 
     def _went_another_way(self, target: Target, posted: Posted) -> bool:
