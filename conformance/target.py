@@ -114,10 +114,17 @@ _at_start: dict[str, str] = {}
 def remember_environment() -> None:
     """Children get the environment as it is now: what the transport's import or probe then changes is not handed on,
     and is a change again in a fresh process."""
-    _at_start.update(os.environ)
+    _at_start.update(_environment())
 
 
 def child_environment() -> dict[str, str]:
     """The environment for a child process that has to find the same modules."""
     paths = [path or os.getcwd() for path in sys.path]
-    return {**(_at_start or os.environ), "PYTHONPATH": os.pathsep.join(paths)}
+    return {**(_at_start or _environment()), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _environment() -> dict[str, str]:
+    """A copy of the environment, made name by name: another thread may take one away meanwhile (pytest does, around
+    each test), which `dict(os.environ)` answers with KeyError."""
+    values = {name: os.environ.get(name) for name in list(os.environ)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tensorferry.conformance.judge import Setup, judge
 from tensorferry.conformance.model import Check, SuiteError, Tier, check, checks
 from tensorferry.conformance.patterns import difference, pattern
 from tensorferry.conformance.rules import Kind, Level, rules, select
-from tensorferry.conformance.target import resolve
+from tensorferry.conformance.target import child_environment, resolve
 from tensorferry.core.errors import ConfigError, TransportUnavailable, UnknownOption, UnknownTransport
 
 
@@ -240,3 +242,15 @@ def test_a_difference_names_the_bytes() -> None:
 def test_patterns_hold_neither_guard_nor_seal() -> None:
     assert not {0xAA, 0x5C} & set(pattern("x", 100_000))
     assert model.SUITE_VERSION == 1
+
+
+def test_a_variable_that_another_thread_takes_away_is_not_handed_to_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest takes one away around each test: a run in a thread beside it once ended with KeyError."""
+
+    class Losing(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter([*super().__iter__(), "LOST_MEANWHILE"])
+
+    monkeypatch.setattr(os, "environ", Losing(KEPT="1"))
+    assert "LOST_MEANWHILE" in list(os.environ)
+    assert child_environment().keys() == {"KEPT", "PYTHONPATH"}
