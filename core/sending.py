@@ -104,7 +104,8 @@ class Sender(Endpoint):
         `content_id`: 16 bytes that whoever restarts this sender can reproduce (a hash of input and model revision,
         say): equal ids promise equal bytes, and a restarted sender resumes where it stopped. Default: random.
         `aux`: up to 14 int64 words of the caller's own, aux[2:] in the result; aux[0] is the length, aux[1]
-        `mrope_delta`. Raises RoomInUse, BadCall, BadTensor (for components) or Overloaded.
+        `mrope_delta`. Raises RoomInUse, BadCall, BadTensor (for components) or Overloaded. The room of a group that
+        was given up is in use until each of its ranks has closed it, a moment longer than this side's transfer lives.
         """
         source = Source(self.layout, total_tokens, names(self.layout.names if components is None else components))
         return self._offer(room, source, content_id, aux, mrope_delta)
