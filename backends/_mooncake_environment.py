@@ -11,6 +11,8 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
@@ -145,6 +147,20 @@ def prepare(progress_s: int = DEFAULT_PROGRESS_S, transfer_s: int = DEFAULT_TRAN
             PROGRESS, progress, TRANSFER, transfer,
         )  # fmt: skip
     return progress, transfer
+
+
+@contextmanager
+def prepared_for_now() -> Iterator[None]:
+    """`prepare`, undone at the end: what is set already stays. The engine takes up some variables when it is imported,
+    and they must not be the user's to find afterwards: a probe opens nothing."""
+    fresh = [variable.name for variable in SETS if variable.name not in os.environ]
+    prepare()
+    try:
+        yield
+    finally:
+        for name in fresh:
+            os.environ.pop(name, None)
+            _ours.pop(name, None)
 
 
 def _seconds(name: str, fallback: float) -> float:

@@ -92,21 +92,20 @@ class MooncakeTransport(HostTransport[Job]):
 
     @classmethod
     def probe(cls) -> Probe:
-        """Looks at the RDMA devices and the engine's libraries; starts no engine.
+        """Looks at the RDMA devices and the engine's libraries; starts no engine and leaves no variable set.
 
-        Where the engine would run over TCP nothing of it is imported and no variable is set: it will most likely not
-        be chosen, and the process may use Mooncake for something else. The CUDA build is imported all the same:
-        nothing else tells what it lacks.
+        Nothing of the engine is imported: it may not be chosen, and the process may use Mooncake for something else.
+        The CUDA build is, all the same: nothing else tells what it lacks.
         """
         try:
             cause, remedy = environment.why_not_rdma()
             environment.refuse_dangers()
             environment.check_installed()
-            if cause and environment.is_cpu_build():
+            if environment.is_cpu_build():
                 environment.check_libraries()
             else:
-                environment.prepare()
-                load()
+                with environment.prepared_for_now():
+                    load()
         except Unfit as unfit:
             return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint, _facts())
         except Exception as error:  # noqa: BLE001 - whatever an engine's import raises is the answer

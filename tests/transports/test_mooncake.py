@@ -230,19 +230,22 @@ def test_an_engine_that_cannot_be_loaded_is_unavailable_and_breaks_nothing(insta
     assert "apt-get install libibverbs1" in done.stdout
 
 
-def test_a_probe_that_cannot_be_ready_loads_nothing_of_the_engine_and_sets_nothing(
-    installed: None, no_variables: None
+@pytest.mark.parametrize(("cause", "readiness"), [("no device", "degraded"), ("", "ready")])
+@pytest.mark.parametrize("cpu_build", [True, False], ids=["without CUDA", "with CUDA"])
+def test_a_probe_sets_nothing_and_loads_nothing_of_the_engine_where_it_need_not(
+    installed: None, no_variables: None, cause: str, readiness: str, cpu_build: bool
 ) -> None:
     """It may well not be chosen, and the process may use Mooncake for something else."""
-    if not (environment.is_cpu_build() and environment.why_not_rdma()[0]):
-        pytest.skip("needs mooncake: the build without CUDA, on a machine without an active RDMA device")
     program = (
         "import os, sys\nbefore = dict(os.environ)\n"
+        "from tensorferry.backends import _mooncake_environment as environment\n"
+        f"environment.is_cpu_build = lambda: {cpu_build}\n"
+        f"environment.why_not_rdma = lambda device='': ({cause!r}, '')\n"
         "from tensorferry.backends.mooncake import MooncakeTransport as M\nprint(M.probe().readiness)\n"
-        "print([name for name in sys.modules if name.split('.')[0] == 'mooncake'], before == dict(os.environ))"
+        "print('mooncake.engine' in sys.modules, before == dict(os.environ), environment._ours)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split("\n")[:2] == ["degraded", "[] True"]
+    assert done.stdout.split("\n")[:2] == [readiness, f"{not cpu_build} True {{}}"]
 
 
 def test_missing_libraries_are_named_without_loading_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
