@@ -12,6 +12,7 @@ from tensorferry.backends import _nixl_poster
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Target
 from tensorferry.backends._nixl_poster import Limits, Worker
+from tensorferry.backends._nixl_wireup import Wireup
 from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.nixl")
@@ -29,7 +30,6 @@ class Crew:
         self._lock = threading.RLock()
         self._stopping = False
         self._assigned = 0
-        self._places: dict[str, int] = {}
         self._left = workers
         self.workers = [Worker(self) for _ in range(workers)]
         for worker in self.workers:
@@ -89,11 +89,20 @@ class Crew:
         return self._stopping
 
     def _worker(self, target: Target) -> Worker:
-        name = target.told.agent
-        if name not in self._places:
-            self._places[name] = self._assigned % len(self.workers)
+        if target.place < 0:
+            target.place = self._assigned % len(self.workers)
             self._assigned += 1
-        return self.workers[self._places[name]]
+        return self.workers[target.place]
+
+    def complete(self, target: Target, worker: Worker) -> list[Wireup]:
+        """Have the threads other than `worker` complete their connections to a peer."""
+        until = time.monotonic() + self.limits.contact_s
+        made = []
+        for other in self.workers:
+            if other is not worker:
+                made.append(Wireup(target, until, lambda: worker.inbox.put(None)))
+                other.inbox.put(made[-1])
+        return made
 
     def finish(self, job: Job, status: Status) -> None:
         job.status = status

@@ -16,14 +16,14 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
 from tensorferry.backends._nixl_environment import RDMA, TCP
-from tensorferry.backends._nixl_sockets import listening_ports
+from tensorferry.backends._nixl_sockets import cut_connections, event_sets, listening_ports
 from tensorferry.backends._rdma import rdma_ports
 from tensorferry.core.errors import TransportError
 from tensorferry.core.memory import Memory
@@ -40,6 +40,9 @@ Piece = tuple[int, int, int]
 """(source address, target address, bytes)"""
 
 _loading = threading.Lock()
+_creating = threading.Lock()
+"""Held while an agent comes to be: what is there afterwards and was not before is its own."""
+
 _keep: list[ctypes.CDLL] = []
 
 
@@ -107,15 +110,17 @@ class Agent:
         config.syncMode = nixl.NIXL_THREAD_SYNC_RW
         self._agent: Any = nixl.nixlAgent(self.name, config)
         check_backend(backend, self._agent.getAvailPlugins())
-        before = listening_ports()
         parameters = {"num_workers": str(workers)} if backend == "UCX" else {}
         if backend == "UCX" and require in (RDMA, TCP):
             parameters["engine_config"] = "TLS=ib" if require == RDMA else "TLS=tcp"
-        try:
-            self._backend = self._agent.createBackend(backend, parameters)
-        except Exception as error:
-            raise explain_backend(backend, require, error) from error
-        self.ports = sorted(listening_ports() - before)
+        with _creating:
+            ports, sets = listening_ports(), event_sets()
+            try:
+                self._backend = self._agent.createBackend(backend, parameters)
+            except Exception as error:
+                raise explain_backend(backend, require, error) from error
+            self.ports = sorted(listening_ports() - ports)
+            self._sets = event_sets() - sets
         self._memory: dict[int, tuple[Memory, Any]] = {}
         self._door = Mapping(DOORSTEP_BYTES)
         self.doorstep = self._door.address
@@ -176,6 +181,11 @@ class Agent:
             self._agent.invalidateRemoteMD(name)
         except Exception as error:  # noqa: BLE001 - the engine has dropped it itself
             log.debug("forgetting %s: %s", name, error)
+
+    def cut(self, name: str, ports: Collection[int]) -> None:
+        """End the TCP connections to a peer, which nothing else ends."""
+        if name != self.name:
+            cut_connections(ports, self._sets)
 
     # ---- writing -----------------------------------------------------------------------------------------
 

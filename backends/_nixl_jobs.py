@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tensorferry.backends._nixl_engine import Piece, Request
 from tensorferry.backends._nixl_wire import Descriptor
 from tensorferry.backends._process import ProcessWatch
 from tensorferry.core.transport import Status
 
+if TYPE_CHECKING:
+    from tensorferry.backends._nixl_wireup import Wireup
+
 MOST_PIECES = 256
 """In one request: scattered ones cost 2.3 us each, all within one call."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Target:
-    """A peer's agent."""
+    """A peer's agent. The engine has one connection for it, however often it is disconnected and connected again, so
+    there is one of these."""
 
     told: Descriptor
     """Its newest descriptor."""
@@ -25,10 +30,6 @@ class Target:
     """Its process, where it is one of this host."""
     jobs: deque[Job] = field(default_factory=deque)
     under_way: list[Submit] = field(default_factory=list)
-    before: set[int] = field(default_factory=set)
-    """Connections of this process to it when the engine first heard of it: others'."""
-    sockets: set[int] = field(default_factory=set)
-    """Those that came with its answer: the engine's, for this peer."""
     learnt: int = -1
     """The revision of the descriptor whose metadata the engine has."""
     ready: bool = False
@@ -43,6 +44,10 @@ class Target:
     not_before: float = 0.0
     unwanted: bool = False
     """It was disconnected: forget it when nothing of it is left."""
+    wireups: list[Wireup] | None = None
+    """What the other threads do before it is forgotten; None: not asked yet."""
+    place: int = -1
+    """Which thread serves it."""
     at_once: bool = True
     """Every request was over when its post returned, as copies are."""
 

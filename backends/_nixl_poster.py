@@ -24,7 +24,7 @@ from typing import Protocol
 
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
-from tensorferry.backends._nixl_sockets import connections, cut_connections
+from tensorferry.backends._nixl_wireup import Wireup, Wireups
 from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.nixl")
@@ -72,12 +72,14 @@ class Mates(Protocol):
 
     def look_around(self) -> None: ...
 
+    def complete(self, target: Target, worker: Worker) -> list[Wireup]: ...
+
 
 class Worker:
     """One thread, and the peers that it serves."""
 
     def __init__(self, crew: Mates) -> None:
-        self.inbox: SimpleQueue[Job | Target | None] = SimpleQueue()
+        self.inbox: SimpleQueue[Job | Target | Wireup | None] = SimpleQueue()
         self.called_at = 0.0
         """Since when it is inside the engine; 0: it is not."""
         self._crew = crew
@@ -86,6 +88,7 @@ class Worker:
         self._targets: list[Target] = []
         self._turn = 0
         self._lost: list[Job] = []
+        self._wireups = Wireups(self._agent)
         self.thread = threading.Thread(target=self._run, name="tensorferry-nixl-worker", daemon=True)
 
     def abandon(self) -> None:
@@ -123,21 +126,26 @@ class Worker:
         except Empty:
             return
 
-    def _take(self, what: Job | Target | None) -> None:
+    def _take(self, what: Job | Target | Wireup | None) -> None:
         if what is None:
             return
+        if isinstance(what, Wireup):
+            self._wireups.add(what)
+            return
         target = what if isinstance(what, Target) else what.target
-        if isinstance(what, Target):
-            target.unwanted = True
-        else:
+        target.unwanted = isinstance(what, Target)  # a post after it has been disconnected: it is wanted again
+        if isinstance(what, Job):
             target.jobs.append(what)
         if target not in self._targets:
             self._targets.append(target)
 
     def _pause(self) -> float:
+        if self._wireups:
+            return POLL_S
         waits = [GLANCE_S]
         now = time.monotonic()
         for target in self._targets:
+            waits += [wireup.until - now for wireup in target.wireups or () if target.unwanted and not wireup.over]
             if target.knock is not None or (target.under_way and not target.cut):
                 return POLL_S
             if target.under_way:
@@ -155,9 +163,9 @@ class Worker:
         while self._submit_one_each():
             pass
         for target in [t for t in self._targets if not (t.jobs or t.under_way or t.knock)]:
-            self._targets.remove(target)
-            if target.unwanted:
-                self._forget(target)
+            if not target.unwanted or self._has_left(target, now):
+                self._targets.remove(target)
+        self._wireups.step()
         self._watch_lost()
         self._crew.look_around()
 
@@ -196,23 +204,28 @@ class Worker:
         """The pair is spoilt: end its connections, and begin anew when nothing is under way on them any more."""
         target.ready = False
         target.cut = True
-        self._cut(target)
+        self._agent.cut(target.told.agent, target.told.ports)
         if not target.under_way:
             self._forget(target)
-
-    def _cut(self, target: Target) -> None:
-        """End its connections: those that came when it was asked, and not what others have to it, or it to itself."""
-        cut_connections(target.sockets or connections(target.told.ports) - target.before)
-        target.before = connections(target.told.ports)  # a second cut finds nothing more
-        target.sockets = set()
 
     def _forget(self, target: Target) -> None:
         if target.knock is not None:
             self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
             target.knock = None
         self._agent.forget(target.told.agent)
-        self._cut(target)  # what the engine would keep for as long as the peer does
-        target.learnt, target.ready, target.cut = -1, False, False
+        self._agent.cut(target.told.agent, target.told.ports)  # else the engine keeps them for as long as the peer does
+        target.learnt, target.ready, target.cut, target.wireups = -1, False, False, None
+
+    def _has_left(self, target: Target, now: float) -> bool:
+        """Forget a peer that is not wanted any more; False while its connections are being completed for that."""
+        if target.ready and target.told.ports and not target.ended():
+            if target.wireups is None:
+                target.wireups = self._crew.complete(target, self)
+            if any(not wireup.over and now < wireup.until for wireup in target.wireups):
+                return False
+        if target.learnt >= 0:
+            self._forget(target)
+        return True
 
     def _lose(self, job: Job, why: str) -> None:
         if job.status is Status.UNKNOWN:
@@ -274,8 +287,6 @@ class Worker:
         return True
 
     def _knock(self, target: Target, now: float) -> None:
-        if target.learnt < 0:
-            target.before = connections(target.told.ports)
         if not self._learn(target):
             return
         target.asked_at = now
@@ -304,7 +315,6 @@ class Worker:
             self._agent.release(target.knock)
             target.knock = None
         target.ready = True
-        target.sockets = target.sockets or connections(target.told.ports) - target.before
 
     def _refused(self, target: Target, why: str) -> None:
         # Those that came while it was asked are asked for anew: a peer may go on, or come back.

@@ -10,6 +10,7 @@ of it, and closes its socket when it has read the end.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -44,22 +45,34 @@ def listening_ports() -> set[int]:
     return ports
 
 
-def connections(ports: Collection[int]) -> set[int]:
-    """This process's connections to those ports of a peer, by their inodes."""
+def event_sets() -> set[int]:
+    """This process's epoll descriptors. UCX has one for each interface of a worker, with its connections in it."""
     found = set()
-    for one in _own_sockets():
+    for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            if one.getpeername()[1] in ports:
-                found.add(os.fstat(one.fileno()).st_ino)
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.add(int(name))
     return found
 
 
-def cut_connections(inodes: Collection[int]) -> None:
-    """End these, and no others: another agent of this process may have connections to the same peer."""
-    for one in _own_sockets() if inodes else ():
+def cut_connections(ports: Collection[int], sets: Collection[int]) -> None:
+    """End the connections to those ports of a peer which are in these epoll descriptors, and no others: another agent
+    of this process may have connections to the same peer."""
+    own = _inodes(sets)
+    for one in _own_sockets() if own and ports else ():
         with suppress(OSError):
-            if os.fstat(one.fileno()).st_ino in inodes:
+            if os.fstat(one.fileno()).st_ino in own and one.getpeername()[1] in ports:
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def _inodes(sets: Collection[int]) -> set[int]:
+    """Of all that these epoll descriptors watch."""
+    found: set[int] = set()
+    for number in sets:
+        with suppress(OSError):
+            told = Path(f"/proc/self/fdinfo/{number}").read_text(encoding="ascii")
+            found.update(int(inode, 16) for inode in re.findall(r"^tfd:.* ino:([0-9a-f]+)", told, re.MULTILINE))
+    return found
 
 
 class Aftermath:

@@ -157,6 +157,7 @@ class NixlTransport(HostTransport[Job]):
         _crews.add(self._crew)
         self._instance = secrets.token_bytes(16)
         self._peers: dict[bytes, NixlPeer] = {}
+        self._targets: weakref.WeakValueDictionary[tuple[object, ...], Target] = weakref.WeakValueDictionary()
         self._retired: dict[Memory, set[bytes]] = {}  # still registered, and whom that is for
         self._described: tuple[int, bytes] = (-1, b"")
 
@@ -245,10 +246,14 @@ class NixlTransport(HostTransport[Job]):
         peer = self._peers.get(told.instance)
         if peer is None:
             way = self._way(told)
-            near = self._host.shares_pids(told.host)
-            watch = _process.watch_claimed(told.pid, told.started) if near else None
             traceable = way == RDMA or self._host.shares_network(told.host)
-            peer = NixlPeer(self._home, told.instance, target=Target(told, watch), way=way, traceable=traceable)
+            who = (told.agent, told.instance, told.pid, told.started)
+            target = self._targets.get(who)  # it may have been connected before, and not be forgotten yet
+            if target is None:
+                near = self._host.shares_pids(told.host)
+                watch = _process.watch_claimed(told.pid, told.started) if near else None
+                target = self._targets[who] = Target(told, watch)
+            peer = NixlPeer(self._home, told.instance, target=target, way=way, traceable=traceable)
             self._peers[told.instance] = peer
         if peer.learn(told.revision, told.regions):
             peer.target.told = told

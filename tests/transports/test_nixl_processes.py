@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
-from tensorferry.backends import _nixl_poster
+from tensorferry.backends import _nixl_poster, _nixl_sockets
 from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
 from tensorferry.core.errors import TransportError, TransportMismatch
@@ -121,6 +121,86 @@ def test_a_restarted_peer_is_another_peer(here: NixlTransport, there: Start, way
     assert again.target.told.agent != peer.target.told.agent
     assert ended(here, one_byte(here, again, region)) is Status.DONE
     eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+
+
+# ---- disconnecting -------------------------------------------------------------------------------------------
+
+
+def sockets(transport: NixlTransport) -> int:
+    return len(_nixl_sockets._inodes(transport._agent._sets))
+
+
+def forget(transport: NixlTransport, peer: NixlPeer) -> None:
+    transport.disconnect(peer)
+    eventually(lambda: peer.target.learnt < 0, "the end of what the engine knows of the peer")
+
+
+@BOTH
+def test_a_peer_that_is_disconnected_and_connected_again_at_once_is_written_to_every_time(
+    here: NixlTransport, there: Start, way: str
+) -> None:
+    other = there()
+    region = other.ask("share", nbytes=4096)
+    for _ in range(20):
+        peer = here.connect(other.describe())
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE
+        here.disconnect(peer)
+
+
+@COPIES
+def test_what_somebody_else_tells_of_an_agent_takes_nothing_from_it(here: NixlTransport, there: Start) -> None:
+    other = there()
+    region = other.ask("share", nbytes=4096)
+    peer = here.connect(other.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    for _ in range(20):
+        here.disconnect(here.connect(changed(other.describe())))
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    assert peer.target.learnt >= 0
+
+
+@BOTH
+def test_a_peer_that_is_forgotten_leaves_no_connection_behind_and_no_other_loses_its_own(
+    here: NixlTransport, there: Start, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine keeps a connection for as long as either side has it. What is ended has to be complete first, else
+    the peer answers the next one by one of its own: so each thread writes a byte to the doorstep."""
+    knock, knocks = Agent.knock, []
+
+    def heard(agent: Agent, request: Request) -> bool:
+        knocks.append((agent, threading.get_ident()))
+        return knock(agent, request)
+
+    monkeypatch.setattr(Agent, "knock", heard)
+    other, beside = there(), NixlTransport(NixlOptions(require=way, workers=1))
+    region = other.ask("share", nbytes=4096)
+    at_first = sockets(here)
+    neighbour = beside.connect(other.describe())
+    assert ended(beside, one_byte(beside, neighbour, region)) is Status.DONE
+    for _ in range(5):
+        peer = here.connect(other.describe())
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE
+        assert sockets(here) > at_first
+        forget(here, peer)
+        assert ended(beside, one_byte(beside, neighbour, region)) is Status.DONE
+    eventually(lambda: sockets(here) <= at_first, "the end of all connections to what was forgotten")
+    ours = [thread for agent, thread in knocks if agent is here._agent]
+    assert len(ours) == 10, "one for the contact and one for the end, each time"
+    assert len(set(ours)) == 2
+    assert sum(agent is beside._agent for agent, _ in knocks) == 1, "its connection was not cut"
+    beside.close()
+
+
+@SOCKETS
+def test_a_peer_that_is_stopped_is_forgotten_all_the_same(here: NixlTransport, there: Start) -> None:
+    stopped = there()
+    region = stopped.ask("share", nbytes=4096)
+    at_first = sockets(here)
+    peer = here.connect(stopped.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    stopped.stop()
+    forget(here, peer)
+    eventually(lambda: sockets(here) <= at_first)
 
 
 # ---- peers that do not answer --------------------------------------------------------------------------------
