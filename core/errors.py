@@ -141,6 +141,19 @@ class TransportUnavailable(ConfigError):
     default_hint = "`tensorferry transports --why` says what is missing"
 
 
+class UnknownDirectory(ConfigError):
+    """No installed distribution provides a directory of this scheme, or something that it needs is not installed."""
+
+    code = "unknown_directory"
+
+
+class NameTaken(FerryError):
+    """A later incarnation has published itself under the same name: this one is not found by it any more."""
+
+    code, fault = "name_taken", Fault.CONFIGURATION
+    default_hint = "Give each embedding side a name of its own"
+
+
 class LayoutMismatch(FerryError):
     """The two sides declare different components, dtypes or shapes."""
 
@@ -189,6 +202,27 @@ class PeerLost(FerryError):
     """The peer was there and is not any more: its process is gone, or it has not answered for peer_timeout."""
 
     code, fault, retryable = "peer_lost", Fault.PEER, True
+
+
+class DirectoryUnavailable(FerryError):
+    """The directory of names did not answer, or not as one does. Running transfers do not need it."""
+
+    code, fault, retryable = "directory_unavailable", Fault.PEER, True
+    default_hint = "Check the directory's URL and that its server runs and can be reached; or give the explicit address"
+
+
+class UnknownName(FerryError):
+    """Nobody is found under this name: never published, withdrawn, or expired."""
+
+    code, fault, retryable = "unknown_name", Fault.PEER, True
+    default_hint = "Check the name, and that the embedding side runs and publishes itself in the same directory"
+
+
+class BadEntry(FerryError):
+    """What stands in the directory under this name was not written by tensorferry."""
+
+    code, fault = "bad_entry", Fault.PEER
+    default_hint = "Delete it there, or use another name or another prefix"
 
 
 class ContentChanged(FerryError):

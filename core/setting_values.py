@@ -116,6 +116,13 @@ def plain_name(value: object) -> str:
     raise ValueError("must be a name")
 
 
+def url(value: object) -> str:
+    """SCHEME://..., or empty for none."""
+    if isinstance(value, str) and re.fullmatch(r"([a-z][a-z0-9+.-]*://[!-~]+)?", value.strip()):
+        return value.strip()
+    raise ValueError("must be a URL such as etcd://HOST:2379")
+
+
 def did_you_mean(given: object, known: tuple[str, ...]) -> str:
     """`; did you mean X?` for the nearest of `known`, or nothing."""
     text = str(given)

@@ -1,5 +1,7 @@
 """Every setting: its default, where the number comes from, its names in the environment, and how a value is read.
 
+Long because each setting stands here with its meaning and the reason for its default.
+
 `Settings` below is the one documented place of each default; docs/settings.md is the same table for readers, and a test
 keeps the two in step. A value is looked up in this order, and the first hit wins:
 
@@ -92,6 +94,13 @@ class Settings:
         "What the bytes must travel by. `rdma`: a transport that cannot prove that it goes over RDMA is not used, and "
         "where none can, opening the endpoint or meeting the peer fails. Empty: whatever is best.",
         source="Mooncake falls back to TCP without saying so; who pays for a fabric wants to know.",
+    )
+    directory: str = _setting(
+        "",
+        values.url,
+        "The directory in which an embedding side is found by its name, such as `etcd://HOST:2379`. Empty: there are "
+        "explicit addresses only.",
+        source="An address that is known needs no service to find it.",
     )
     first_grant: int = _setting(
         8192,

@@ -17,7 +17,7 @@ from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("backends", "conformance", "core", "plugins")
-ENGINES = {"mooncake", "nixl", "nixl_cu12", "nixl_cu13"}
+ENGINES = {"etcd3gw", "mooncake", "nixl", "nixl_cu12", "nixl_cu13"}
 
 # The state machines decide, and drivers carry out: no sockets, no threads, no clock, no chance, no tensors.
 MACHINES = ("allocator", "ledger", "messages", "receiver", "sender", "wire")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tensorferry.core.rounds import Round
     from tensorferry.core.settings import Settings
     from tensorferry.core.transfer import Status
+    from tensorferry.plugins.rendezvous import open_directory
 
 _HOMES = {
     "Sender": "api",
@@ -39,6 +40,7 @@ _HOMES = {
     "Component": "core.layout",
     "Layout": "core.layout",
     "embedding_layout": "core.layout",
+    "open_directory": "plugins.rendezvous",
     "Round": "core.rounds",
     "Settings": "core.settings",
     "Status": "core.transfer",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "embedding_layout",
     "errors",
+    "open_directory",
 ]
 
 

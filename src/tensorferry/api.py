@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from tensorferry.core import receiving, sending
 from tensorferry.core.allocator import Choose, lowest_runs
+from tensorferry.core.directory import Entry
 from tensorferry.core.group import Group
 from tensorferry.core.layout import Layout
 from tensorferry.core.transport import Transport
 from tensorferry.plugins.opening import opened
+from tensorferry.plugins.rendezvous import Publication, find, open_directory
+from tensorferry.reachable import reachable
+
+log = logging.getLogger("tensorferry.api")
 
 
 class Sender(sending.Sender):
@@ -38,8 +44,32 @@ class Sender(sending.Sender):
         name: str = "",
         **settings: object,
     ) -> None:
+        self._publications: list[Publication] = []
         with opened(transport, options, settings) as (transports, loaded):
             super().__init__(layout, transports, loaded, bind=bind, name=name)
+
+    def publish(self, name: str = "", *, address: str = "") -> Publication:
+        """Be found under `name` (default: the endpoint's own) in the directory of the settings, until this is closed or
+        what is returned is. The entry is renewed by a thread of its own and expires peer_timeout after the last time;
+        it replaces an earlier incarnation's.
+
+        `address`: what receivers are told; by default the bound one, or where it is bound to every interface, the one
+        by which this host reaches others. Waits a few seconds at most for the directory. Raises ConfigError,
+        UnknownDirectory, DirectoryUnavailable, NameTaken, BadEntry or VersionMismatch; all that goes wrong later is
+        the publication's `error`, and hurts no transfer.
+        """
+        addresses, only_here = reachable(self.address)
+        if only_here and not address:
+            log.info("%s is published, and only this host can reach it", addresses[0])
+        entry = Entry(name=name or self.name, address=address or addresses[0], incarnation=self.incarnation)
+        made = Publication(open_directory(self.settings.directory), entry, self.settings.peer_timeout)
+        self._publications.append(made)
+        return made
+
+    def close(self) -> None:
+        for one in self._publications:  # first, so that nobody is sent here any more
+            one.close()
+        super().close()
 
 
 class Receiver(receiving.Receiver):
@@ -67,3 +97,13 @@ class Receiver(receiving.Receiver):
     ) -> None:
         with opened(transport, options, settings) as (transports, loaded):
             super().__init__(layout, transports, loaded, group=group, name=name, choose=choose, poison=poison)
+
+    def find(self, name: str, timeout: float | None = None) -> str:
+        """The control address of the sender that is published as `name`, for `receive`. Blocks, up to `timeout` seconds
+        (default: peer_timeout) for the name to appear, and a few more for the directory to answer.
+
+        Raises ConfigError where no directory is set, UnknownDirectory, UnknownName, DirectoryUnavailable, BadEntry or
+        VersionMismatch. A sender that was restarted is found at its new address by asking again.
+        """
+        with open_directory(self.settings.directory) as directory:
+            return find(directory, name, self.settings.peer_timeout if timeout is None else timeout).address

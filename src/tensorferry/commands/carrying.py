@@ -38,7 +38,7 @@ BLOCK_BYTES = POOL_BYTES // 8
 
 _MARK = 0x74665F66696C6531  # "tf_file1"
 _WORDS = struct.Struct("<qq")
-_MAIN = ("transport", "block_size", "pool_blocks", "first_grant", "window", "peer_timeout")
+_MAIN = ("transport", "directory", "block_size", "pool_blocks", "first_grant", "window", "peer_timeout")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,20 @@ def metadata(given: Sequence[str]) -> dict[str, str]:
 def address(text: str) -> str:
     """tcp://HOST:PORT; the scheme may be left out."""
     return text if "://" in text else f"tcp://{text}"
+
+
+def is_name(text: str) -> bool:
+    """Whether it is a name of a directory: an address has a colon, and a name has none."""
+    return ":" not in text
+
+
+def need_directory(settings: Settings, name: str, to: str) -> None:
+    """Raises BadFlag where there is a name and no directory."""
+    if name and not settings.directory:
+        raise BadFlag(
+            f"{name!r} is a name, and there is no --directory to {to} in",
+            hint="Give --directory etcd://HOST:2379 (or TENSORFERRY_DIRECTORY), or use the address, HOST:PORT",
+        )
 
 
 def fitted(loaded: Loaded, tokens: int, token_bytes: int) -> Settings:

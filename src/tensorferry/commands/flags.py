@@ -62,6 +62,7 @@ def load_settings(args: argparse.Namespace, defaults: Mapping[str, object] | Non
 
 _METAVARS = {
     "transport": "NAME",
+    "directory": "URL",
     "first_grant_mode": "optimistic|announced",
     "window": "rounds|auto|N",
     "integrity": "auto|full|sampled|off",

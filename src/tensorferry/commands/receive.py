@@ -44,6 +44,8 @@ examples:
   tensorferry receive --room 17 --from tcp://10.0.0.5:5555 \\
       --layout input_embeds:bfloat16:3584,fill_ids:int32 -o clip.safetensors
   tensorferry receive --room 17 --from 10.0.0.5:5555 --layout-from earlier.safetensors -o clip.safetensors --force
+  tensorferry receive --room 17 --from encoder-0 --directory etcd://10.0.0.9:2379 \\
+      --layout input_embeds:bfloat16:3584,fill_ids:int32 -o clip.safetensors
 
 Rows arrive in memory first: a file larger than --destination-budget needs more of it. With --format json there is one
 object on standard output at the end (schemas/receive.json).
@@ -62,11 +64,17 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="receive what `send` sends, into a safetensors file",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        usage="%(prog)s --room N --from ADDR --layout LAYOUT -o FILE [flags]",
+        usage="%(prog)s --room N --from ADDR|NAME --layout LAYOUT -o FILE [flags]",
     )
     what = parser.add_argument_group("what is received, from whom")
     carrying.add_shared(parser, what)
-    what.add_argument("--from", dest="sender", required=True, metavar="ADDR", help="the address that `send` printed")
+    what.add_argument(
+        "--from",
+        dest="sender",
+        required=True,
+        metavar="ADDR|NAME",
+        help="the address that `send` printed, or the name that it is published under in --directory",
+    )
     what.add_argument(
         "--layout",
         metavar="LAYOUT",
@@ -90,7 +98,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         "status": "failed",
         "file": args.output,
         "room": args.room,
-        "sender": carrying.address(args.sender),
+        "sender": args.sender if carrying.is_name(args.sender) else carrying.address(args.sender),
         "transport": None,
         "total_tokens": 0,
         "bytes": 0,
@@ -107,6 +115,8 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
     try:
         with all_as_interrupt():
             settings = load_settings(args, DEFAULTS).settings
+            if carrying.is_name(args.sender):
+                carrying.need_directory(settings, args.sender, "look")
             table = _table(args)
             metadata = carrying.metadata(args.metadata)
             options = carrying.pairs("--option", args.option)
@@ -160,6 +170,9 @@ def _receive(
     import tensorferry as tf
 
     with tf.Receiver(table.layout, options=options, **settings.as_dict()) as receiver:
+        if carrying.is_name(report["sender"]):
+            view.wait(f"looking for {report['sender']} in {settings.directory}")
+            report["sender"] = receiver.find(report["sender"])
         started = time.monotonic()
         sender = report["sender"]
         view.wait(f"waiting for room {args.room} at {sender}")
@@ -219,7 +232,7 @@ def _views(table: Table, result: Result) -> dict[str, memoryview]:
     for column in table.columns:
         tensor = result[column.component.name]
         assert tensor is not None  # no component of such a layout is optional
-        rows[column.name] = bytes_of(tensor)
+        rows[column.name] = bytes_of(tensor.cpu())  # destination_device may be a GPU
     return rows
 
 

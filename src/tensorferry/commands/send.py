@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -36,6 +37,8 @@ examples:
   tensorferry send clip.safetensors --room 17 --bind 0.0.0.0:5555          to other hosts: a network that you trust
   tensorferry send clip.safetensors --room 17 --count 3                    to three, one after the other
   tensorferry send clip.safetensors --room 17 --count 0                    to whoever comes, until Ctrl-C
+  tensorferry send clip.safetensors --room 17 --bind 0.0.0.0:0 --publish encoder-0 --directory etcd://10.0.0.9:2379
+                                                                           found by its name, wherever it listens
   tensorferry send clip.safetensors --room 17 --format json 2> log         for programs: schemas/send.json
 
 With --format json the command for the other side is the line of standard error that begins with `tensorferry receive`;
@@ -63,6 +66,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         default="tcp://127.0.0.1:0",
         metavar="ADDR",
         help="where receivers find this side; port 0 takes a free one, 0.0.0.0 every interface (default %(default)s)",
+    )
+    what.add_argument(
+        "--publish",
+        metavar="NAME",
+        default="",
+        help="be found under this name in --directory, as long as this runs; the printed command names it",
     )
     what.add_argument(
         "--count",
@@ -95,12 +104,13 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
     try:
         with all_as_interrupt():
             loaded = load_settings(args, DEFAULTS)
+            carrying.need_directory(loaded.settings, args.publish, "publish")
             options = carrying.pairs("--option", args.option)
             file = open_file(args.file)
             settings = carrying.fitted(loaded, file.tokens, file.table.layout.token_bytes)
             view = view_for(out)
             _describe(file, view)
-            serving = Serving(file, args.room, args.count, receipts=not args.no_receipt)
+            serving = Serving(file, args.room, args.count, receipts=not args.no_receipt, publish=args.publish)
             serving.run(
                 settings,
                 view,
@@ -140,7 +150,8 @@ def _announcer(
 
     def announce(serving: Serving) -> None:
         name = PurePath(file.path)
-        parts = ["tensorferry", "receive", "--room", str(args.room), "--from", serving.addresses[0]]
+        source = args.publish or serving.addresses[0]
+        parts = ["tensorferry", "receive", "--room", str(args.room), "--from", source]
         parts += [f"--layout={file.table}"]
         metadata = [carrying.metadata_flag(key, value) for key, value in file.metadata.items()]
         left_out = sum(len(key) + len(value) + 1 for key, value in file.metadata.items()) > MAX_METADATA
@@ -150,7 +161,8 @@ def _announcer(
             print(f"# warning: {warning}", file=sys.stderr, flush=True)
         else:
             parts += metadata
-        parts += carrying.changed_settings(settings, {"destination_budget": file.nbytes})
+        passed_on = settings if args.publish else replace(settings, directory="")
+        parts += carrying.changed_settings(passed_on, {"destination_budget": file.nbytes})
         output = f"{name.stem}.received{name.suffix}"
         parts += ["-o", f"./{output}" if output.startswith("-") else output]
         serving.command = command_line(parts)
@@ -161,6 +173,8 @@ def _announcer(
         view.line("")
         view.line(serving.command)
         view.line("")
+        if args.publish:
+            view.line(f"{args.publish} stands for {serving.addresses[0]}")
         if len(serving.addresses) > 1:
             view.line(f"this host can also be reached at {', '.join(serving.addresses[1:])}")
         elif serving.only_here:

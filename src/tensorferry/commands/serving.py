@@ -6,23 +6,22 @@ any time: the rows, and the receipt, by which a receiver says that its file is w
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tensorferry.backends._addresses import local_addresses
 from tensorferry.commands.carry_view import View, in_bytes
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import told
 from tensorferry.commands.token_file import BadFile, TokenFile
 from tensorferry.core.errors import DeadlineExceeded, Fault, FerryError
 from tensorferry.core.settings import Settings
+from tensorferry.reachable import reachable
 
 if TYPE_CHECKING:
     from tensorferry import Sender, SendTransfer
+    from tensorferry.plugins.rendezvous import Publication
 
 TICK_SECONDS = 0.01
 
@@ -37,8 +36,10 @@ WRITING_SECONDS = 60.0
 class Serving:
     """One run of `tensorferry send`, and what is known of it so far."""
 
-    def __init__(self, file: TokenFile, room: int, count: int, *, receipts: bool) -> None:
+    def __init__(self, file: TokenFile, room: int, count: int, *, receipts: bool, publish: str = "") -> None:
         self.file = file
+        self.publish = publish
+        """The name to be found under; empty: by the address alone."""
         self.room = room
         self.count = count
         self.address = ""
@@ -51,6 +52,8 @@ class Serving:
         self.deliveries: deque[dict[str, Any]] = deque(maxlen=MOST_KEPT)
         self.failures: deque[FerryError] = deque(maxlen=MOST_KEPT)
         self.served = 0
+        self._publication: Publication | None = None
+        self._lost = ""  # the directory's last complaint that was shown
         self._receipts = receipts
         self._arrived: list[float] = []  # seconds of each transfer whose receipt is out
         self._last_arrival = 0.0
@@ -75,10 +78,12 @@ class Serving:
 
         self.transport = settings.transport
         given = settings.as_dict()
-        with tf.Sender(self.file.table.layout, bind=bind, options=options, **given) as sender:
+        with tf.Sender(self.file.table.layout, bind=bind, options=options, name=self.publish, **given) as sender:
             self.address = sender.address
-            self.addresses, self.only_here = _reachable(sender.address)
+            self.addresses, self.only_here = reachable(sender.address)
             self._keep_on_offer(sender)
+            if self.publish:
+                self._publication = sender.publish()
             announce(self)  # not before: whoever pastes the command at once finds the room
             last = None if timeout is None else time.monotonic() + timeout
             while not self.count or self.served < self.count:
@@ -115,6 +120,10 @@ class Serving:
         return False
 
     def _look(self, view: View) -> None:
+        problem = self._publication.error if self._publication is not None else None
+        if (code := problem.code if problem is not None else "") != self._lost:
+            self._lost = code
+            view.line(f"found as {self.publish} again" if problem is None else f"not found by name: {problem.cause}")
         offer, receipt = self._offer, self._receipt
         if offer is not None:
             if offer.status == "BOOTSTRAPPING":
@@ -177,19 +186,3 @@ class Serving:
             "deliveries": list(self.deliveries),
             "failed_deliveries": [error.as_dict() for error in self.failures],
         }
-
-
-def _reachable(address: str) -> tuple[list[str], bool]:
-    """Where others can dial a bound address, best first, and whether only this host can."""
-    match = re.fullmatch(r"tcp://\[?([^\]]+)\]?:(\d+)", address)
-    if match is None:
-        return [address], True  # ipc and its like
-    try:
-        bound = ipaddress.ip_address(match[1])
-    except ValueError:
-        return [address], False
-    if not bound.is_unspecified:
-        return [address], bound.is_loopback
-    found = [host for host in local_addresses() if bound.version == 6 or ":" not in host]
-    hosts = found or ["::1" if bound.version == 6 else "127.0.0.1"]
-    return [f"tcp://[{host}]:{match[2]}" if ":" in host else f"tcp://{host}:{match[2]}" for host in hosts], not found
