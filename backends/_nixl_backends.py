@@ -46,7 +46,7 @@ def explain_backend(backend: str, require: str, error: Exception) -> Unfit:
         try:
             ctypes.CDLL(str(file))
         except OSError as problem:
-            return environment.explain_library(str(problem), f"NIXL's {backend} backend")
+            return environment.explain_library(str(problem), f"NIXL's {backend} backend", environment.lacking(file))
     if backend == "UCX" and require == RDMA:
         return Unfit(
             f"UCX cannot use the RDMA device that is active: {error}",

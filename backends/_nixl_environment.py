@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -62,6 +63,11 @@ PACKAGES = {
     "libcufile.so.0": "CUDA's GPUDirect Storage",
 }
 """What holds a library that the engine or one of its plugins may miss: a Debian package, or what it says."""
+
+TOO_OLD = {
+    "libfabric.so.1": "NIXL 1.5 needs libfabric 2.7 or later (for its FABRIC_1.10): Debian 12 has 1.17, Debian 13 2.1",
+}
+"""Libraries of which a system's package may be too old, and what is wanted."""
 
 
 class Unfit(Exception):
@@ -141,20 +147,42 @@ def version(name: str) -> str:
         return "unknown"
 
 
-def explain_library(text: str, what: str) -> Unfit:
-    """Why a library could not be loaded, from the dynamic loader's own words: what is missing, and who has it."""
-    named = re.search(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object", text)
+_MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object")
+
+
+def lacking(file: Path) -> list[str]:
+    """What the system has not, of the libraries in `PACKAGES` that this one names and of those that they need."""
+    named, missing = file.read_bytes(), []
+    for library in PACKAGES:
+        if library.encode() + b"\0" in named:
+            try:
+                ctypes.CDLL(library)
+            except OSError as problem:
+                if found := _MISSING.search(str(problem)):
+                    missing.append(found[1])
+    return missing
+
+
+def explain_library(text: str, what: str, more: Sequence[str] = ()) -> Unfit:
+    """Why a library could not be loaded, from the dynamic loader's own words: what is missing or too old, and who has
+    it. The loader names the first one alone; `more`: what else is known to be missing."""
+    old = re.search(r"((?:\S*/)?(lib[\w+.-]+\.so[\w.]*)): version `([\w.]+)' not found", text)
+    if old is not None:
+        hint = TOO_OLD.get(old[2], f"Install a later version of the package that has {old[2]}")
+        return Unfit(f"{what} needs {old[3]} of {old[2]}, and {old[1]} is older", hint)
+    named = _MISSING.search(text)
     if named is None:
         return Unfit(f"{what} cannot be loaded: {text}", INSTALL)
-    library = named[1]
-    holder = PACKAGES.get(library, "")
-    if not holder:
-        hint = f"Install the package that has {library}"
-    elif " " in holder:
-        hint = f"{library} is in {holder}"
-    else:
-        hint = f"Debian and Ubuntu: apt-get install {holder}"
-    return Unfit(f"{what} needs {library}, which this system lacks", hint)
+    libraries = list(dict.fromkeys([named[1], *more]))
+    packages = [PACKAGES[library] for library in libraries if " " not in PACKAGES.get(library, " ")]
+    hints = [f"Debian and Ubuntu: apt-get install {' '.join(packages)}"] if packages else []
+    hints += [TOO_OLD[library] for library in libraries if library in TOO_OLD]
+    for library in libraries:
+        if library not in PACKAGES:
+            hints.append(f"Install the package that has {library}")
+        elif PACKAGES[library] not in packages:
+            hints.append(f"{library} is in {PACKAGES[library]}")
+    return Unfit(f"{what} needs {', '.join(libraries)}, which this system lacks", "; ".join(hints))
 
 
 # ---- what UCX may use ----------------------------------------------------------------------------------------

@@ -87,18 +87,47 @@ def test_a_backend_that_writes_into_no_other_process_is_refused_by_name(installe
     assert "UCX" in caught.value.hint
 
 
-def test_libfabric_is_reached_by_option_and_what_it_lacks_is_named_with_its_package(installed: None) -> None:
-    """The wheel brings the backend, and not the library that it needs."""
-    try:
-        ctypes.CDLL("libfabric.so.1")
-    except OSError:
-        with pytest.raises(errors.TransportUnavailable, match=r"LIBFABRIC backend needs libfabric\.so\.1") as caught:
+def test_libfabric_is_reached_by_option_and_all_that_it_lacks_is_named_with_its_package(installed: None) -> None:
+    """The wheel brings the backend, and not the libraries that it needs. The dynamic loader names the first alone."""
+    file = environment.bundled(environment.module_name(), "nixl/libplugin_LIBFABRIC.so")[0]
+    missing = environment.lacking(file)
+    if missing:
+        with pytest.raises(errors.TransportUnavailable, match="LIBFABRIC backend needs") as caught:
             NixlTransport(NixlOptions(backend="LIBFABRIC"))
-        assert "apt-get install libfabric1" in caught.value.hint
+        for library in missing:
+            assert library in str(caught.value)
+            assert environment.PACKAGES.get(library, library) in caught.value.hint
     else:
         opened = NixlTransport(NixlOptions(backend="LIBFABRIC"))
         assert opened.path() == "libfabric"
         opened.close()
+
+
+def test_a_library_that_is_too_old_is_told_from_one_that_is_missing() -> None:
+    """As the loader puts it where Debian 12's libfabric1 is installed."""
+    text = "/usr/lib/x86_64-linux-gnu/libfabric.so.1: version `FABRIC_1.10' not found (required by libplugin.so)"
+    unfit = environment.explain_library(text, "NIXL's LIBFABRIC backend")
+    assert unfit.reason == (
+        "NIXL's LIBFABRIC backend needs FABRIC_1.10 of libfabric.so.1, and /usr/lib/x86_64-linux-gnu/libfabric.so.1 "
+        "is older"
+    )
+    assert "libfabric 2.7 or later" in unfit.hint
+    text = "/lib/libc.so.6: version `GLIBC_2.99' not found (required by libplugin.so)"
+    assert environment.explain_library(text, "it").hint == "Install a later version of the package that has libc.so.6"
+
+
+def test_what_is_missing_together_is_named_together(tmp_path: Path) -> None:
+    file = tmp_path / "libplugin.so"
+    file.write_bytes(b"...libnot-there.so.3\0libhwloc.so.15.6\0libstdc++.so.6\0")
+    assert environment.lacking(file) == [], "those that are there, and those of other names"
+    unfit = environment.explain_library(
+        "libfabric.so.1: cannot open shared object file", "it", ["libhwloc.so.15", "libcuda.so.1", "libfabric.so.1"]
+    )
+    assert unfit.reason == "it needs libfabric.so.1, libhwloc.so.15, libcuda.so.1, which this system lacks"
+    assert unfit.hint == (
+        "Debian and Ubuntu: apt-get install libfabric1 libhwloc15; "
+        f"{environment.TOO_OLD['libfabric.so.1']}; libcuda.so.1 is in the NVIDIA driver"
+    )
 
 
 def test_every_backend_of_storage_is_told_from_those_of_the_network() -> None:
