@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tensorferry.conformance.hooks import Hooks
 from tensorferry.conformance.model import (
@@ -43,6 +44,8 @@ class Setup:
     hooks: Hooks
     seed: int
     tier: Tier
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What several rules look at and one of them has brought about (`Stage.once`)."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class _Outcome:
 
 def judge(setup: Setup, check: Check) -> Finding:
     """Carry a check out. Raises SuiteError for a defect of the check itself."""
-    stage = Stage(check.rule, setup.target, setup.hooks, setup.seed, setup.tier)
+    stage = Stage(check.rule, setup.target, setup.hooks, setup.seed, setup.tier, setup.shared)
     outcome = _Outcome()
     thread = threading.Thread(target=_run, args=(stage, check, outcome), name=f"check-{check.rule}", daemon=True)
     begun = time.monotonic()
@@ -93,7 +96,7 @@ def _run(stage: Stage, check: Check, outcome: _Outcome) -> None:
         outcome.verdict, outcome.message = Verdict.INCONCLUSIVE, str(error)
     except NotApplicable as error:
         outcome.verdict, outcome.message = Verdict.NOT_APPLICABLE, str(error)
-    except Exception as error:  # noqa: BLE001 - whose it is is what is found out here
+    except BaseException as error:  # noqa: BLE001 - whose it is is what is found out here; SystemExit is told, too
         text = "".join(traceback.format_exception(error))
         outcome.evidence["traceback"] = text
         verb = _raised_by(error.__traceback__)

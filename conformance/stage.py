@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tensorferry.conformance.hooks import Hooks
-from tensorferry.conformance.model import Inconclusive, Tier, Violation
+from tensorferry.conformance.model import Inconclusive, NotApplicable, Tier, Violation
 from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.patterns import GUARD, SEAL, difference, pattern
 from tensorferry.conformance.target import Target
@@ -85,7 +85,8 @@ class Pair:
         return self.stage.read(self.owner, region or self.region, offset, nbytes)
 
     def placed(self, data: bytes, offset: int = 0, region: Region | None = None, what: str = "the copy") -> None:
-        """Expect `data` at `offset` of the region."""
+        """Expect `data` at `offset` of the region, which is flushed where that is declared."""
+        self.flush(region)
         wrong = difference(self.read(offset, len(data), region), data)
         self.stage.expect(
             not wrong, f"DONE, and {what} of {len(data)} bytes to offset {offset} was not placed: {wrong}"
@@ -101,6 +102,7 @@ class Stage:
     hooks: Hooks
     seed: int
     tier: Tier
+    shared: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, str] = field(default_factory=dict)
     _open: list[Transport] = field(default_factory=list)
     _processes: list[PeerProcess] = field(default_factory=list)
@@ -143,6 +145,19 @@ class Stage:
             return error
         except Exception as error:
             raise Violation(f"{what} raised {type(error).__name__}: {error}, which is no FerryError") from error
+
+    def once(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` answers, or the verdict that it raises: made by the first rule of a run that asks. Data alone:
+        what is open is closed when that rule's check ends."""
+        if what not in self.shared:
+            try:
+                self.shared[what] = make()
+            except (Violation, Inconclusive, NotApplicable) as verdict:
+                self.shared[what] = verdict
+        found: T | Exception = self.shared[what]
+        if isinstance(found, Exception):
+            raise type(found)(*found.args)
+        return found
 
     # ---- how much
 
@@ -260,15 +275,23 @@ class Stage:
 
     def process(self) -> PeerProcess:
         """Another process with the transport under test open in it."""
+        return self.processes(1)[0]
+
+    def processes(self, count: int) -> list[PeerProcess]:
+        """Several: they start side by side."""
         from tensorferry.conformance.processes import PeerProcess
 
         if self.target.spec is None:
             raise Inconclusive(
                 "needs a second process, and what is under test is no entry point and cannot be imported"
             )
-        started = PeerProcess(self.target.spec)
-        self._processes.append(started)
-        started.ask("open")
+        started = []
+        for _ in range(count):
+            started.append(PeerProcess(self.target.spec))
+            self._processes.append(started[-1])
+            started[-1].tell("open")
+        for process in started:
+            process.hear("open")
         return started
 
     # ---- the end

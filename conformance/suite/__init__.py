@@ -7,6 +7,7 @@ import importlib
 MODULES: tuple[str, ...] = (
     "basics",
     "moving",
+    "reading",
     "seeing",
     "refusing",
     "joining",
@@ -14,6 +15,8 @@ MODULES: tuple[str, ...] = (
     "waking",
     "losing",
     "hygiene",
+    "loading",
+    "leaving",
     "ferrying",
 )
 

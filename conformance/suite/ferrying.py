@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -215,11 +216,14 @@ def no_block_is_lost(stage: Stage) -> None:
 
 @check("WS-7", seconds=60)
 def poison_stays(stage: Stage) -> None:
-    for name, choose in _choosers(stage.seed).items():
-        with Ferry(stage, pool=8, choose=choose, integrity="off") as ferry:
+    with ExitStack() as ferries:
+        used: dict[str, Ferry] = {}
+        for name, choose in _choosers(stage.seed).items():
+            used[name] = ferry = ferries.enter_context(Ferry(stage, pool=8, choose=choose, integrity="off"))
             for room in range(stage.times(1, 4, 20)):
                 ferry.carry(room, stage.random.randrange(1, 60 * BLOCK), f"with {name}")
-            stage.settle()
+        stage.settle()
+        for name, ferry in used.items():
             ferry.clean(f"with {name}")
 
 

@@ -1,29 +1,23 @@
-"""HYG, RES and THR-2: what a plugin costs, and what it leaves behind."""
+"""HYG and THR-2: what a plugin declares, and what it costs. HYG-12 and HYG-14 are in loading.py."""
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import subprocess
 import sys
 import threading
-import tracemalloc
-import weakref
 from typing import Any
 
 import msgspec
 
-from tensorferry.conformance.model import NotApplicable, check
+from tensorferry.conformance.model import check
 from tensorferry.conformance.patience import FACTOR
-from tensorferry.conformance.stage import Stage, at
+from tensorferry.conformance.stage import Stage
 from tensorferry.conformance.target import child_environment
 from tensorferry.core.errors import ConfigError, FerryError, UnknownOption
-from tensorferry.core.memory import Memory, host_memory
 from tensorferry.core.transport import (
     CONTRACT_VERSION,
     Capabilities,
-    Copy,
     Fence,
     Options,
     Probe,
@@ -34,36 +28,50 @@ from tensorferry.plugins import registry
 
 PROBE_S = 10.0 * FACTOR
 IMPORT_S = 2.0 * FACTOR
+FRESH_S = 60.0 * FACTOR
 
 
-def _cls(stage: Stage) -> type[Transport]:
+def class_of(stage: Stage) -> type[Transport]:
     return stage.target.cls or type(stage.open())
 
 
-def _fresh(stage: Stage, what: str, environment: dict[str, str] | None = None, within: float = 60.0) -> dict[str, Any]:
-    """What `conformance.fresh` tells of an import or a probe."""
-    cls = _cls(stage)
+def path_of(stage: Stage) -> str:
+    """The class, as a fresh process can import it."""
+    cls = class_of(stage)
     path = f"{cls.__module__}:{cls.__qualname__}"
     if cls.__module__ == "__main__" or "<locals>" in path:
         stage.unknown(f"needs a fresh process, and {path} cannot be imported in one")
+    return path
+
+
+def _fresh(stage: Stage, what: str) -> dict[str, Any]:
+    """What `conformance.fresh` tells of an import or a probe in the usual environment: one process for all rules."""
+    told: dict[str, Any] = stage.once(what, lambda: told_by(stage, "fresh", what, path_of(stage)))
+    return told
+
+
+def told_by(
+    stage: Stage, module: str, what: str, *arguments: str, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What `python -m tensorferry.conformance.<module> <what> ...` prints, which is one line of JSON."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "tensorferry.conformance.fresh", what, path],
+            [sys.executable, "-m", f"tensorferry.conformance.{module}", what, *arguments],
             env=child_environment() if environment is None else environment,
             capture_output=True,
-            timeout=within,
+            timeout=FRESH_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        stage.fail(f"the {what} of {path} did not end within {within:g} s in a fresh process")
-    stage.expect(done.returncode == 0, f"the {what} of {path} ended its process with status {done.returncode}")
+        stage.fail(f"the {what} of {arguments[0]} did not end within {FRESH_S:g} s in a fresh process")
+    stage.expect(done.returncode == 0, f"the {what} of {arguments[0]} ended its process with status {done.returncode}")
     told: dict[str, Any] = json.loads(done.stdout)
     return told
 
 
 @check("HYG-1", joined=False)
 def probe_never_raises(stage: Stage) -> None:
-    answer = stage.attempt(_cls(stage).probe, "probe")
+    answer = stage.attempt(class_of(stage).probe, "probe")
     stage.expect(not isinstance(answer, FerryError), f"probe raised {answer!r}")
     stage.expect(isinstance(answer, Probe), f"probe answered a {type(answer).__name__}, which is no Probe")
     assert isinstance(answer, Probe)
@@ -73,7 +81,7 @@ def probe_never_raises(stage: Stage) -> None:
     stage.expect(texts, f"probe's facts are not all str: {answer.facts!r}")
     bare = {name: value for name, value in child_environment().items() if name in ("PATH", "PYTHONPATH")}
     for name, environment in (("an empty environment", bare), ("no home", bare | {"HOME": "/nonexistent"})):
-        told = _fresh(stage, "probe", environment)
+        told = told_by(stage, "fresh", "probe", path_of(stage), environment=environment)
         stage.expect("raised" not in told, f"with {name}, probe raised {told.get('raised')}")
 
 
@@ -88,7 +96,7 @@ def probe_is_quick(stage: Stage) -> None:
 def import_loads_no_engine(stage: Stage) -> None:
     told = _fresh(stage, "import")
     stage.expect("raised" not in told, f"the import raised {told.get('raised')}")
-    own = _cls(stage).__module__.partition(".")[0]
+    own = class_of(stage).__module__.partition(".")[0]
     stage.note("modules", len(told["modules"]))
     stage.expect(not told["engines"], f"importing the class loads {', '.join(told['engines'])}")
     foreign = [library for library in told["libraries"] if f"/{own}/" not in library]
@@ -97,7 +105,7 @@ def import_loads_no_engine(stage: Stage) -> None:
 
 @check("HYG-4", joined=False)
 def states_its_version(stage: Stage) -> None:
-    cls = _cls(stage)
+    cls = class_of(stage)
     stated = any("contract_version" in vars(base) for base in cls.__mro__ if base is not Transport)
     ours = cls.__module__.startswith("tensorferry.")
     stage.expect(stated or ours, f"{cls.__name__} does not state contract_version: it should be {CONTRACT_VERSION}")
@@ -112,7 +120,7 @@ def states_its_version(stage: Stage) -> None:
 
 @check("HYG-5", joined=False)
 def options_are_typed(stage: Stage) -> None:
-    kind: Any = _cls(stage).options_type
+    kind: Any = class_of(stage).options_type
     right = isinstance(kind, type) and issubclass(kind, Options)
     stage.expect(right, f"options_type is {kind!r}, which is no Options")
     config = kind.__struct_config__
@@ -147,7 +155,7 @@ def path_is_known(stage: Stage) -> None:
 
 @check("HYG-7", joined=False)
 def capabilities_are_sound(stage: Stage) -> None:
-    declared: Any = _cls(stage).capabilities
+    declared: Any = class_of(stage).capabilities
     stage.expect(isinstance(declared, Capabilities), f"capabilities is a {type(declared).__name__}")
     kinds = declared.memory_kinds
     stage.expect(kinds and kinds <= {"cpu", "cuda"}, f"memory_kinds is {set(kinds)}: cpu and cuda are known")
@@ -178,7 +186,7 @@ def probe_leaves_nothing(stage: Stage) -> None:
 
 @check("HYG-10", joined=False)
 def reads_is_reserved(stage: Stage) -> None:
-    stage.expect(not _cls(stage).capabilities.reads, "reads is declared; contract 1 has no verb for it")
+    stage.expect(not class_of(stage).capabilities.reads, "reads is declared; contract 1 has no verb for it")
 
 
 @check("HYG-11", joined=False, seconds=120)
@@ -188,6 +196,33 @@ def import_is_cheap(stage: Stage) -> None:
     stage.expect(told["cpu"] < IMPORT_S, f"importing the class takes {told['cpu']:.1f} s of processor time")
     for name in ("environment", "threads", "children"):
         stage.expect(not told[name], f"importing the class changes {name}: {', '.join(map(str, told[name]))}")
+
+
+@check("HYG-13")
+def capabilities_stay(stage: Stage) -> None:
+    declared = class_of(stage).capabilities
+    pair = stage.pair(4096, own=True)
+
+    def look(what: str) -> None:
+        for name, end in (("the writer", pair.writer), ("the target's owner", pair.owner)):
+            changed = end.capabilities != declared
+            stage.expect(not changed, f"{what}, the capabilities of {name} are not those that were declared at first")
+
+    look("after connecting")
+    for n in range(3):
+        pair.done(pair.post(stage.pattern(4096, n)))
+    look("after writing")
+    pair.target(64)
+    look("after one more region")
+    other = stage.open()
+    stage.expect(other.capabilities == declared, "a later instance's capabilities are not those of the first")
+    pair.writer.disconnect(pair.peer)
+    look("after a disconnect")
+    pair.writer.close()
+    pair.owner.close()
+    look("after close")
+    stage.expect(class_of(stage).capabilities == declared, "the class's capabilities changed")
+    stage.expect(stage.open().capabilities == declared, "an instance opened after another's close has others")
 
 
 @check("THR-2")
@@ -212,135 +247,3 @@ def probes_beside_work(stage: Stage) -> None:
     for thread in threads:
         thread.join()
     stage.expect(not problems, "; ".join(problems[:3]))
-
-
-# ---- resources ----------------------------------------------------------------------------------------------------
-
-
-def _descriptors() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
-def _cycle(stage: Stage) -> None:
-    owner, writer = stage.target.open(), stage.target.open()
-    try:
-        region = stage.region(owner, 4096)
-        peer = writer.connect(owner.describe())
-        source = stage.source(writer, b"x" * 64)
-        stage.done(writer, writer.post(peer, [Copy(source, 0, at(region), 0, 64)]))
-        writer.disconnect(peer)
-        owner.retire(region)
-    finally:
-        writer.close()
-        owner.close()
-
-
-@check("RES-1", seconds=120)
-def leaves_no_descriptor(stage: Stage) -> None:
-    _cycle(stage)  # what is opened once for the process stays
-    _cycle(stage)
-    before, rounds = _descriptors(), stage.times(3, 8, 40)
-    for _ in range(rounds):
-        _cycle(stage)
-    stage.eventually(lambda: _descriptors() <= before, 5)
-    more = _descriptors() - before
-    stage.expect(more < rounds, f"{rounds} times open, write and close leave {more} more file descriptors open")
-
-
-@check("RES-2", seconds=120)
-def leaves_no_thread(stage: Stage) -> None:
-    def tasks() -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    _cycle(stage)
-    _cycle(stage)
-    before, rounds = tasks(), stage.times(3, 8, 40)
-    known = set(threading.enumerate())
-    for _ in range(rounds):
-        _cycle(stage)
-    stage.eventually(lambda: tasks() <= before, 5)
-    names = ", ".join(sorted({t.name for t in threading.enumerate() if t not in known})) or "of an engine"
-    more = tasks() - before
-    stage.expect(more < rounds, f"{rounds} times open, write and close leave {more} more threads: {names}")
-
-
-@check("RES-3", seconds=120)
-def forgets_released_handles(stage: Stage) -> None:
-    pair = stage.pair(4096)
-    source = pair.source(b"x" * 64)
-    copies = [Copy(source, 0, at(pair.region), 0, 64)]
-
-    def posts(count: int) -> None:
-        for _ in range(count):
-            pair.done(pair.writer.post(pair.peer, copies))
-
-    count = stage.times(300, 1000, 10_000)
-    posts(count)
-    gc.collect()
-    tracemalloc.start()
-    try:
-        posts(count // 4)
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        posts(count)
-        gc.collect()
-        growth = (tracemalloc.get_traced_memory()[0] - before) / count
-    finally:
-        tracemalloc.stop()
-    stage.note("bytes for each post", f"{growth:.1f}")
-    stage.expect(growth < 40, f"each post that is released leaves {growth:.0f} bytes behind ({count} posts)")
-
-
-class _Owner:
-    """What keeps a source alive."""
-
-
-@check("RES-4")
-def holds_sources_as_long_as_needed(stage: Stage) -> None:
-    pair = stage.pair(1 << 20)
-    if pair.writer.capabilities.registers_sources:
-        raise NotApplicable("declares registers_sources: the caller keeps its regions")
-    backing = host_memory(1 << 20)
-    backing.view()[:] = data = stage.pattern(1 << 20)
-    owner = _Owner()
-    alive = weakref.ref(owner)
-    source = Memory(backing.address, 1 << 20, "cpu", owner)
-    handle = pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, 1 << 20)])
-    del owner, source
-    gc.collect()
-    held = alive() is not None
-    drained = pair.writer.drained(handle)
-    stage.expect(held or drained, "the source of a post that is not drained was let go")
-    pair.done(handle)
-    pair.placed(data)
-    pair.done(pair.post(b"another"))
-    gone = stage.eventually(lambda: gc.collect() >= 0 and alive() is None, 5)
-    stage.expect(gone, "5 s after its handle was released, the source of a post is still held")
-
-
-@check("RES-5", seconds=120)
-def leaves_nothing_of_peers(stage: Stage) -> None:
-    writer = stage.open()
-    owners = [stage.open() for _ in range(2)]
-    regions = [stage.region(owner, 4096) for owner in owners]
-    source = stage.source(writer, b"x")
-
-    def visit() -> None:
-        for owner, region in zip(owners, regions, strict=True):
-            peer = writer.connect(owner.describe())
-            handle = writer.post(peer, [Copy(source, 0, at(region), 0, 1)])
-            stage.done(writer, handle)
-            writer.release(handle)
-            writer.disconnect(peer)
-
-    visit()
-    visit()
-    before, threads, rounds = _descriptors(), len(os.listdir("/proc/self/task")), stage.times(5, 20, 100)
-    for _ in range(rounds):
-        visit()
-    stage.eventually(lambda: _descriptors() <= before, 5)
-    more = _descriptors() - before
-    stage.expect(more < rounds, f"{rounds} times connect, write and disconnect leave {more} file descriptors open")
-    grown = len(os.listdir("/proc/self/task")) - threads
-    stage.expect(grown < rounds, f"{rounds} times connect, write and disconnect leave {grown} threads behind")

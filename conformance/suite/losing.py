@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,27 +16,47 @@ from tensorferry.conformance.stage import FINAL, Pair, Stage, at
 from tensorferry.conformance.suite.trouble import ending, shoot
 from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import Memory
-from tensorferry.core.transport import Copy, PeerState, Region, Status, Transport
+from tensorferry.core.transport import Copy, Fence, PeerState, Region, Status, Transport
 
 NOTICED_WITHIN_S = 30.0 * FACTOR
 ENDS_WITHIN_S = 60.0 * FACTOR
 
 
-def meet(stage: Stage, nbytes: int = 4096, *, writer: Transport | None = None) -> tuple[PeerProcess, Pair]:
+def _join(stage: Stage, call: Callable[[], Any]) -> Any:
+    """`joined`, and that it was in vain is remembered: no more processes are started."""
+    try:
+        return joined(call)
+    except NotApplicable as reason:
+        stage.shared["joins no processes"] = str(reason)
+        raise
+
+
+def _start(stage: Stage, count: int = 1) -> list[PeerProcess]:
+    if reason := stage.shared.get("joins no processes"):
+        raise NotApplicable(reason)
+    return stage.processes(count)
+
+
+def meet(
+    stage: Stage, nbytes: int = 4096, *, writer: Transport | None = None, process: PeerProcess | None = None
+) -> tuple[PeerProcess, Pair]:
     """A process that owns a region, and a writer here that knows it."""
-    process = stage.process()
+    process = process or _start(stage)[0]
     number, generation = process.ask("region", nbytes=nbytes)
     here = writer or stage.open()
-    peer = joined(lambda: here.connect(process.describe()))
+    peer = _join(stage, lambda: here.connect(process.describe()))
     region = Region(number, generation, Memory(0, nbytes))
     return process, Pair(stage, here, here, region, peer)
 
 
-def meet_back(stage: Stage, nbytes: int) -> tuple[PeerProcess, Transport, Region, Any]:
+def meet_back(
+    stage: Stage, nbytes: int, process: PeerProcess | None = None
+) -> tuple[PeerProcess, Transport, Region, Any]:
     """A process that knows a region of ours, and how we see it."""
-    process, owner = stage.process(), stage.open()
+    process = process or _start(stage)[0]
+    owner = stage.open()
     region = stage.region(owner, nbytes)
-    peer = joined(lambda: owner.connect(process.describe()))
+    peer = _join(stage, lambda: owner.connect(process.describe()))
     process.ask("connect", descriptor=owner.describe().hex())
     return process, owner, region, peer
 
@@ -55,7 +76,7 @@ def visible_elsewhere(stage: Stage) -> None:
         pair.stage.done(pair.writer, handle, "a post to another process")
         wrong = process.ask("differs", offset=0, nbytes=nbytes, seed=name)
         stage.expect(not wrong, f"DONE, and the other process, told of it, does not see {nbytes} bytes: {wrong}")
-    process, owner, region, _ = meet_back(stage, size)
+    _, owner, region, _ = meet_back(stage, size, process)
     for n in range(stage.times(3, 20, 200)):
         name, nbytes = f"{stage.seed}:back:{n}", stage.random.choice((1, 4097, size))
         handle = process.ask("post", remote=[region.id, region.generation], offset=0, nbytes=nbytes, seed=name)
@@ -84,34 +105,67 @@ def _ended(stage: Stage) -> tuple[Transport, Any]:
     return pair.writer, pair.peer
 
 
-@check("FEN-3", seconds=60)
+@dataclass
+class Death:
+    """What peer_state said of a peer that ended, in order."""
+
+    noticed: bool = False
+    """Something else than ALIVE, in time."""
+    gone: bool = False
+    last: str = ""
+    afterwards: list[PeerState] = field(default_factory=list)
+    """After the first GONE."""
+
+
+def death(stage: Stage) -> Death:
+    """Of one peer, for all rules that ask how its end is seen."""
+    told: Death = stage.once("death", lambda: _death(stage))
+    return told
+
+
+def _death(stage: Stage) -> Death:
+    writer, peer = _ended(stage)
+    declared, told = writer.capabilities, Death()
+    needs_gone = Fence.PEER_GONE in declared.fences
+    deadline = time.monotonic() + NOTICED_WITHIN_S
+    while time.monotonic() < deadline:
+        state = writer.peer_state(peer)
+        told.last = repr(state)
+        told.noticed |= state is not PeerState.ALIVE
+        told.gone |= state is PeerState.GONE
+        if told.gone or (told.noticed and not needs_gone):
+            break
+        time.sleep(0.001)
+    until = time.monotonic() + stage.times(0, 1, 5) + 0.2
+    while told.gone and time.monotonic() < until:
+        told.afterwards.append(writer.peer_state(peer))
+        time.sleep(0.01)
+    return told
+
+
+@check("FEN-3", seconds=90)
 def the_dead_are_gone(stage: Stage) -> None:
-    writer, peer = _ended(stage)
-    gone = stage.gone(writer, peer, NOTICED_WITHIN_S)
-    state = writer.peer_state(peer)
-    stage.expect(gone, f"{NOTICED_WITHIN_S:g} s after the end of the peer, peer_state says {state!r} and not GONE")
+    told = death(stage)
+    what = f"{NOTICED_WITHIN_S:g} s after the end of the peer, peer_state says {told.last} and not GONE"
+    stage.expect(told.gone, what)
 
 
-@check("PEE-1", seconds=60)
+@check("PEE-1", seconds=90)
 def the_dead_are_noticed(stage: Stage) -> None:
-    writer, peer = _ended(stage)
-    noticed = stage.eventually(lambda: writer.peer_state(peer) is not PeerState.ALIVE, NOTICED_WITHIN_S)
+    noticed = death(stage).noticed
     stage.expect(noticed, f"{NOTICED_WITHIN_S:g} s after the end of the peer, peer_state still says ALIVE")
 
 
-@check("FEN-7", seconds=60)
+@check("FEN-7", seconds=90)
 def the_gone_stay_gone(stage: Stage) -> None:
-    writer, peer = _ended(stage)
-    if not stage.gone(writer, peer, NOTICED_WITHIN_S):
+    told = death(stage)
+    if not told.gone:
         stage.unknown("peer_state never said GONE (FEN-3)")
-    until = time.monotonic() + stage.times(0, 1, 5) + 0.2
-    while time.monotonic() < until:
-        state = writer.peer_state(peer)
+    for state in told.afterwards:
         stage.expect(state is PeerState.GONE, f"peer_state said GONE, and then {state!r}")
-        time.sleep(0.01)
 
 
-@check("FEN-5", seconds=90)
+@check("FEN-5", seconds=180)
 def silence_is_not_death(stage: Stage) -> None:
     pair = stage.pair()
 
@@ -127,21 +181,11 @@ def silence_is_not_death(stage: Stage) -> None:
     time.sleep(0.3)
     alive(watcher, watched, "is open, and has only disconnected from somebody")
     try:
-        process, away = meet(stage, 8 << 20)
+        told = stopped(stage)
     except NotApplicable as reason:
         stage.note("not stopped", reason)
         return
-    source = away.source(stage.pattern(8 << 20))
-    handles = [_posted(away, source, 0, 8 << 20) for _ in range(4)]
-    process.stop()
-    until = time.monotonic() + stage.times(1, 3, 45)
-    while time.monotonic() < until:
-        alive(away.writer, away.peer, "is stopped (SIGSTOP), with writes to it on their way")
-        time.sleep(0.02)
-    process.go_on()
-    for handle in handles:
-        away.end(handle, ENDS_WITHIN_S)
-    alive(away.writer, away.peer, "was stopped and goes on")
+    stage.expect(not told.buried, told.buried)
 
 
 def _writers_that_close(stage: Stage) -> None:
@@ -162,12 +206,13 @@ def _writers_that_close(stage: Stage) -> None:
 @check("FEN-6", seconds=120)
 def nothing_lands_after_gone(stage: Stage) -> None:
     _writers_that_close(stage)
-    for _ in range(stage.times(1, 3, 20)):
-        try:
-            process, owner, region, peer = meet_back(stage, 8 << 20)
-        except NotApplicable as reason:
-            stage.note("not with a process", reason)
-            return
+    try:
+        processes = _start(stage, stage.times(1, 3, 20))
+        met = [meet_back(stage, 8 << 20, process) for process in processes]
+    except NotApplicable as reason:
+        stage.note("not with a process", reason)
+        return
+    for process, owner, region, peer in met:
         process.tell("stream", remote=[region.id, region.generation], nbytes=8 << 20, seed="stream")
         process.hear("stream")
         time.sleep(0.1 + stage.random.random() * 0.1)
@@ -178,7 +223,7 @@ def nothing_lands_after_gone(stage: Stage) -> None:
         time.sleep(0.05)
         stage.sealed(region, after="peer_state had said that its writer is GONE")
     stage.settle()
-    stage.sealed(region, after="peer_state had said that its writer is GONE")
+    stage.sealed(*(region for _, _, region, _ in met), after="peer_state had said that its writer is GONE")
 
 
 @check("PEE-2", seconds=180)
@@ -201,14 +246,13 @@ def posts_to_the_dead(stage: Stage) -> None:
 @check("PEE-4", seconds=180)
 def the_others_go_on(stage: Stage) -> None:
     writer = stage.open()
-    dead, to_dead = meet(stage, 1 << 20, writer=writer)
-    stopped, to_stopped = meet(stage, 1 << 20, writer=writer)
-    well, to_well = meet(stage, 1 << 20, writer=writer)
+    dead, halted, well = _start(stage, 3)
+    to_dead, to_halted, to_well = (meet(stage, 1 << 20, writer=writer, process=one)[1] for one in (dead, halted, well))
     source = to_well.source(stage.pattern(1 << 20))
     dead.kill()
-    stopped.stop()
+    halted.stop()
     flying = []
-    for pair in (to_dead, to_stopped):
+    for pair in (to_dead, to_halted):
         for _ in range(4):
             answer = stage.attempt(partial(_posted, pair, source, 0, 1 << 20), "post")
             flying += [] if isinstance(answer, FerryError) else [(pair, answer)]
@@ -219,7 +263,7 @@ def the_others_go_on(stage: Stage) -> None:
         stage.expect(status is Status.DONE, f"with a peer dead and one stopped, a post to a third ended {status.name}")
         wrong = well.ask("differs", offset=0, nbytes=100_000, seed=name)
         stage.expect(not wrong, f"with one peer dead and one stopped, a third does not see what is DONE: {wrong}")
-    stopped.go_on()
+    halted.go_on()
     for pair, handle in flying:
         pair.end(handle, ENDS_WITHIN_S)
 
@@ -255,51 +299,77 @@ def nothing_waits_for_the_stopped(stage: Stage) -> None:
     soon("close", pair.writer.close, 10)
 
 
+@dataclass
+class Stop:
+    """What was seen with one peer stopped that is written to, and one that writes to us. Empty: nothing wrong."""
+
+    buried: str = ""
+    """GONE was said of one of them."""
+    untrue: str = ""
+    """A post changed its mind, or is DONE and not placed."""
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+
+def stopped(stage: Stage) -> Stop:
+    told: Stop = stage.once("stop", lambda: _stop(stage))
+    return told
+
+
+def _stop(stage: Stage) -> Stop:
+    piece, count = 1 << 20, 24
+    told = Stop()
+    reader, writer = _start(stage, 2)
+    _, pair = meet(stage, piece * count, process=reader)
+    _, owner, region, back = meet_back(stage, piece * count, writer)
+    names = [f"{stage.seed}:{n % 4}" for n in range(count)]
+    source = pair.source(b"".join(pattern(name, piece) for name in names[:4]))
+    remote = [region.id, region.generation]
+    theirs = [writer.ask("post", remote=remote, offset=n * piece, nbytes=piece, seed=names[n]) for n in range(count)]
+    writer.stop()
+    ours = [
+        pair.writer.post(pair.peer, [Copy(source, (n % 4) * piece, at(pair.region), n * piece, piece)])
+        for n in range(count)
+    ]
+    time.sleep(stage.random.random() * 0.01)
+    reader.stop()
+
+    def look(when: str) -> None:
+        for who, watcher, peer in (("is written to", pair.writer, pair.peer), ("writes", owner, back)):
+            if watcher.peer_state(peer) is PeerState.GONE:
+                told.buried = told.buried or f"peer_state says GONE of a peer that {when}; it {who}"
+
+    until = time.monotonic() + stage.times(1, 3, 45)
+    while time.monotonic() < until:
+        look("is stopped (SIGSTOP), with writes on their way")
+        time.sleep(0.02)
+    early = [pair.writer.poll(handle) for handle in ours]
+    reader.go_on()
+    writer.go_on()
+    ends = [pair.end(handle, ENDS_WITHIN_S) for handle in ours]
+    look("was stopped and goes on")
+    told.outcomes["posts to it"] = ", ".join(status.name for status in ends)
+    for n, (before, status) in enumerate(zip(early, ends, strict=True)):
+        if before in (Status.DONE, Status.FAILED) and before is not status:
+            told.untrue = f"post {n} was {before.name} while its peer was stopped, and {status.name} afterwards"
+        elif status is Status.DONE and (wrong := reader.ask("differs", offset=n * piece, nbytes=piece, seed=names[n])):
+            told.untrue = f"post {n} to a peer that was stopped meanwhile is DONE, and not placed: {wrong}"
+    back_ends = [writer.ask("outcome", handle=handle, within=ENDS_WITHIN_S)[0] for handle in theirs]
+    told.outcomes["its posts"] = ", ".join(back_ends)
+    if owner.capabilities.needs_flush:
+        owner.flush(region)
+    for n, name in enumerate(back_ends):
+        if Status[name] not in FINAL:
+            told.untrue = f"post {n} of a writer that was stopped meanwhile does not end"
+        elif name == "DONE":
+            found = stage.read(owner, region, n * piece, piece)
+            if wrong := difference(found, pattern(names[n], piece), n * piece):
+                told.untrue = f"post {n} of a writer that was stopped is DONE, and not placed: {wrong}"
+    return told
+
+
 @check("PEE-6", seconds=180)
 def stopped_and_continued(stage: Stage) -> None:
-    """With the owner stopped, then with the writer stopped."""
-    piece, count = 1 << 20, 24
-    pause = (0.5, 2.5, 40.0)[stage.tier]
-    process, pair = meet(stage, piece * count)
-    name = f"{stage.seed}"
-    source = pair.source(pattern(name, piece * count))
-    handles = [_posted(pair, source, n * piece, piece) for n in range(count)]
-    time.sleep(stage.random.random() * 0.01)
-    process.stop()
-    time.sleep(pause)
-    early = [pair.writer.poll(handle) for handle in handles]
-    process.go_on()
-    whole = pattern(name, piece * count)
-    ends = [pair.end(handle, ENDS_WITHIN_S) for handle in handles]
-    stage.note("outcomes", ", ".join(status.name for status in ends))
-    for n, (before, status) in enumerate(zip(early, ends, strict=True)):
-        kept = before not in FINAL or before is status
-        stage.expect(kept, f"post {n} was {before.name} while its peer was stopped, and {status.name} afterwards")
-        if status is Status.DONE:
-            same = process.ask("digest", offset=n * piece, nbytes=piece) == _digest(whole[n * piece :][:piece])
-            stage.expect(same, f"post {n} to a peer that was stopped meanwhile is DONE, and not placed")
-    _stopped_writer(stage, piece, count, pause)
-
-
-def _stopped_writer(stage: Stage, piece: int, count: int, pause: float) -> None:
-    process, owner, region, _ = meet_back(stage, piece * count)
-    names = [f"{stage.seed}:{n}" for n in range(count)]
-    remote = [region.id, region.generation]
-    handles = [
-        process.ask("post", remote=remote, offset=n * piece, nbytes=piece, seed=names[n % 4]) for n in range(count)
-    ]
-    process.stop()
-    time.sleep(pause)
-    process.go_on()
-    for n, handle in enumerate(handles):
-        status, _ = process.ask("outcome", handle=handle, within=ENDS_WITHIN_S)
-        stage.expect(Status[status] in FINAL, f"post {n} of a writer that was stopped meanwhile does not end")
-        if status == "DONE":
-            if owner.capabilities.needs_flush:
-                owner.flush(region)
-            wrong = difference(stage.read(owner, region, n * piece, piece), pattern(names[n % 4], piece), n * piece)
-            stage.expect(not wrong, f"post {n} of a writer that was stopped is DONE, and not placed: {wrong}")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    told = stopped(stage)
+    for what, names in told.outcomes.items():
+        stage.note(what, names)
+    stage.expect(not told.untrue, told.untrue)

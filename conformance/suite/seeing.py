@@ -1,4 +1,4 @@
-"""VIS-1, VIS-3, ORD and THR: what stands there when DONE is said, after other posts, and with other threads."""
+"""VIS-1, VIS-3, ORD and THR-1: what stands there when DONE is said, after other posts, and with other threads."""
 
 from __future__ import annotations
 
@@ -55,13 +55,46 @@ def the_newest_wins(stage: Stage) -> None:
     sources = [(data := stage.pattern(100_000, n), pair.source(data)) for n in range(4)]
     for attempt in range(stage.times(20, 100, 1000)):
         data, source = sources[attempt % 4]
+        if attempt % 2:  # over bytes that are placed and perhaps not visible yet: nobody has flushed
+            handle = pair.writer.post(pair.peer, [Copy(sources[attempt % 3][1], 0, at(pair.region), 0, 100_000)])
+            stage.done(pair.writer, handle)
+            pair.writer.release(handle)
         pair.done(pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, 100_000)]))
         wrong = difference(pair.read(), data)
         stage.expect(not wrong, f"after the DONE of write {attempt} its bytes do not stand there: {wrong}")
     data = sources[attempt % 4][0]
     stage.settle()
+    pair.flush()
     wrong = difference(pair.read(), data)
     stage.expect(not wrong, f"an earlier write landed after the last one's DONE: {wrong}")
+
+
+@check("ORD-2")
+def outstanding_posts_may_mix(stage: Stage) -> None:
+    size = 1 << 18
+    one, other = 0x11, 0x22
+    pair = stage.pair(2 * size)
+    first, second = (pair.source(bytes([byte]) * size) for byte in (one, other))
+    for attempt in range(stage.times(6, 20, 200)):
+        shift = (0, 1, 4096, size // 2)[attempt % 4]
+        pair.region.memory.view()[:] = bytes([GUARD]) * (2 * size)
+        handles = [
+            pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), offset, size)])
+            for source, offset in ((first, 0), (second, shift))
+        ]
+        for handle in handles:
+            pair.done(handle, "one of two posts to the same bytes, outstanding at the same time,")
+        found = pair.read()
+        what = f"of two outstanding posts to [0, {size}) and [{shift}, {shift + size})"
+        wrong = difference(found[:shift], bytes([one]) * shift)
+        stage.expect(not wrong, f"{what}, the first's own bytes are not placed: {wrong}")
+        wrong = difference(found[size : size + shift], bytes([other]) * shift, size)
+        stage.expect(not wrong, f"{what}, the second's own bytes are not placed: {wrong}")
+        strange = set(found[shift:size]) - {one, other}
+        stage.expect(not strange, f"{what}, bytes of both are neither's: 0x{bytes(sorted(strange))[:4].hex()}")
+    stage.settle()
+    wrong = difference(pair.read(), found)
+    stage.expect(not wrong, f"what two outstanding posts had written changed after both were DONE: {wrong}")
 
 
 @check("THR-1", seconds=60)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tensorferry.conformance.model import Violation
 from tensorferry.conformance.patience import FACTOR
-from tensorferry.conformance.patterns import difference
+from tensorferry.conformance.patterns import SEAL, difference
 from tensorferry.conformance.stage import FINAL, Pair, Stage, at
 from tensorferry.core.errors import FerryError
-from tensorferry.core.transport import Copy, Region, Status
+from tensorferry.core.transport import Copy, Fence, Region, Status
 
 NBYTES = 4 << 20
 SHOTS = 8
@@ -39,10 +38,29 @@ class Scene:
     readable: bool
     """The targets may still be read: their transport is open, or their memory is the suite's."""
 
-    def lost(self, shot: Shot) -> str:
-        """Where the target lacks bytes of the post; empty where it has them all."""
-        self.pair.stage.expect(self.readable, "the suite looked at memory that may be gone")
-        return difference(shot.region.memory.view(), shot.data)
+
+@dataclass
+class Fate:
+    """What became of one post, as data: what is open is closed by the time that other rules look at it."""
+
+    scene: str
+    status: Status
+    """As first seen that was not PENDING; PENDING where it never ended."""
+    drained: bool
+    """At that moment."""
+    lost: str = ""
+    """DONE, and where the target lacked bytes of it."""
+    looks: list[tuple[Status, bool]] = field(default_factory=list)
+    """What poll and drained said later, in this order."""
+    landed: str = ""
+    """Drained, or FAILED, and what then landed."""
+    drains: bool = False
+    """In the end, or within the time that a DRAIN fence has."""
+
+
+def lost(shot: Shot) -> str:
+    """Where the target lacks bytes of the post; empty where it has them all."""
+    return difference(shot.region.memory.view(), shot.data)
 
 
 def shoot(stage: Stage, pair: Pair, count: int = SHOTS) -> list[Shot]:
@@ -91,14 +109,20 @@ EVENTS: dict[str, Callable[[Pair, list[Shot]], None]] = {
 }
 
 
-def scenes(
-    stage: Stage, look: Callable[[Scene, Shot], None] = lambda scene, shot: None, *, often: bool = False
-) -> list[Scene]:
-    """Each event, once or (`often`) at different moments, with the outcome of every post. `look` is called at the first
-    moment at which a post has one."""
-    found = []
+def fates(stage: Stage) -> list[Fate]:
+    """Each event, at different moments, and the outcome of every post: brought about once for all rules about it."""
+    found: list[Fate] = stage.once("trouble", lambda: _fates(stage))
+    for name in EVENTS:
+        if told := ", ".join(fate.status.name for fate in found if fate.scene == name):
+            stage.note(name, told)
+    return found
+
+
+def _fates(stage: Stage) -> list[Fate]:
+    scenes: list[Scene] = []
+    seen: dict[int, Fate] = {}  # by the shot's id
     for name, event in EVENTS.items():
-        for attempt in range(stage.times(1, 2 if often else 1, 8)):
+        for attempt in range(stage.times(1, 2, 8)):
             pair = stage.pair(64)
             if name == "a cancel" and not pair.writer.capabilities.cancellable:
                 break
@@ -106,33 +130,75 @@ def scenes(
             readable = not (name == "a close of the target's owner" and own.allocates_targets)
             readable = readable and not (name == "a retire" and own.needs_flush)  # nobody flushes what is retired
             scene = Scene(name, pair, shoot(stage, pair), readable)
+            scenes.append(scene)
             if attempt:
                 time.sleep(stage.random.random() * 0.02)
             event(pair, scene.shots)
-            _watch(scene, look)
-            stage.note(name if not attempt else f"{name} {attempt}", ", ".join(s.status.name for s in scene.shots))
-            found.append(scene)
-    return found
+            _watch(stage, scene, seen)
+            _look(scene, seen)
+            if any(shot.status is Status.PENDING for shot in scene.shots):
+                return list(seen.values())  # ERR-1 says so; nobody waits for it again
+    _look_on(stage, scenes, seen)
+    if Fence.DRAIN in scenes[0].pair.writer.capabilities.fences:
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        for scene in scenes:
+            unknown = [shot.handle for shot in scene.shots if shot.status is Status.UNKNOWN]
+            stage.drained(scene.pair.writer, unknown, max(0.0, deadline - time.monotonic()))
+    for scene in scenes:
+        for shot in scene.shots:
+            seen[id(shot)].drains = scene.pair.writer.drained(shot.handle)
+    return list(seen.values())
 
 
-def _watch(scene: Scene, look: Callable[[Scene, Shot], None]) -> None:
-    writer, waiting = scene.pair.writer, list(scene.shots)
+def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
+    """Until each post has an outcome. At the first moment of one, the bytes of what is DONE are compared, and nothing
+    may land any more where it is drained or FAILED: the target is sealed."""
+    pair, waiting = scene.pair, list(scene.shots)
+    flushes = pair.owner.capabilities.needs_flush and not scene.name.endswith("owner")
     deadline = time.monotonic() + ENDS_WITHIN_S
-    while waiting:
+    while waiting and time.monotonic() < deadline:
         for shot in list(waiting):
-            shot.status = writer.poll(shot.handle)
-            if shot.status in FINAL:
-                shot.drained = writer.drained(shot.handle)
-                waiting.remove(shot)
-                look(scene, shot)
-        if waiting and time.monotonic() > deadline:
-            raise Violation(f"after {scene.name}, {len(waiting)} handles are PENDING for {ENDS_WITHIN_S:g} s")
+            shot.status = pair.writer.poll(shot.handle)
+            if shot.status not in FINAL:
+                continue
+            shot.drained = pair.writer.drained(shot.handle)
+            waiting.remove(shot)
+            fate = seen[id(shot)] = Fate(scene.name, shot.status, shot.drained)
+            if scene.readable and (shot.drained or shot.status is not Status.UNKNOWN):
+                if flushes:  # what is placed and not yet visible is not what lands later
+                    pair.flush(shot.region)
+                fate.lost = lost(shot) if shot.status is Status.DONE else ""
+                stage.seal(shot.region)
+    for shot in waiting:
+        seen[id(shot)] = Fate(scene.name, Status.PENDING, False)
 
 
-def moved(stage: Stage, scene: Scene, shot: Shot, what: str) -> None:
-    """Expect the seal that was put on the shot's target to hold."""
-    if scene.readable:
-        stage.sealed(shot.region, after=f"{scene.name}, when its handle was {what}")
+def _look(scene: Scene, seen: dict[int, Fate]) -> None:
+    for shot in scene.shots:
+        seen[id(shot)].looks.append((scene.pair.writer.poll(shot.handle), scene.pair.writer.drained(shot.handle)))
+
+
+def _look_on(stage: Stage, scenes: list[Scene], seen: dict[int, Fate]) -> None:
+    """A few times more, and at what was sealed: now, and when late writes have had their time."""
+
+    def look_at_seals() -> None:
+        for scene in scenes:
+            for shot in scene.shots:
+                fate = seen[id(shot)]
+                sealed = scene.readable and (shot.drained or shot.status is not Status.UNKNOWN)
+                if sealed and not fate.landed:
+                    view = shot.region.memory.view()
+                    fate.landed = difference(view, bytes([SEAL]) * len(view))
+
+    look_at_seals()
+    for _ in range(2):
+        for scene in scenes:
+            _look(scene, seen)
+        time.sleep(0.05)
+    stage.settle()
+    for scene in scenes:
+        _look(scene, seen)
+    look_at_seals()
 
 
 def ending(stage: Stage, call: Callable[[], int], pair: Pair, within: float = ENDS_WITHIN_S) -> FerryError | Status:

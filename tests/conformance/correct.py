@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,9 +12,18 @@ from typing import Any
 
 from tensorferry.backends._copier import memmove
 from tensorferry.backends.memory import MemoryTransport
-from tensorferry.core.errors import Unsupported
+from tensorferry.core.errors import TransportUnavailable, Unsupported
 from tensorferry.core.memory import Memory, host_memory
-from tensorferry.core.transport import Capabilities, Copy, PeerState, Region, Status, Transport
+from tensorferry.core.transport import (
+    Capabilities,
+    Copy,
+    PeerState,
+    Probe,
+    Readiness,
+    Region,
+    Status,
+    Transport,
+)
 
 FULL = MemoryTransport.capabilities
 
@@ -54,7 +64,7 @@ class Flushing(MemoryTransport):
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self._shadows: dict[tuple[int, int], Memory] = {}
-        self._placed: list[tuple[tuple[int, int], int, int]] = []
+        self._placed: list[tuple[tuple[int, int], int, int, int]] = []
         self._flying: dict[int, tuple[Any, Sequence[Copy]]] = {}
         _ends[self._me.id] = self
 
@@ -77,15 +87,22 @@ class Flushing(MemoryTransport):
             owner = _ends.get(peer.instance)
             for copy in copies if owner is not None else ():
                 key = (copy.remote.id, copy.remote.generation)
-                owner._placed.append((key, copy.remote_offset, copy.nbytes))
+                assert isinstance(copy.local, Region)
+                source = copy.local.memory.address + copy.local_offset
+                owner._placed.append((key, copy.remote_offset, copy.nbytes, source))
         return status
 
     def flush(self, region: Region) -> None:
         while self._placed:
-            key, offset, nbytes = self._placed.pop(0)
-            live = self._live.get(key[0])
-            if live is not None and live.generation == key[1]:
-                memmove(live.memory.address + offset, self._shadows[key].address + offset, nbytes)
+            placed = self._placed.pop(0)
+            number, generation = placed[0]
+            live = self._live.get(number)
+            if live is not None and live.generation == generation:
+                self._fetch(placed, live)
+
+    def _fetch(self, placed: tuple[tuple[int, int], int, int, int], live: Region) -> None:
+        key, offset, nbytes, _ = placed
+        memmove(live.memory.address + offset, self._shadows[key].address + offset, nbytes)
 
 
 class Polled(MemoryTransport):
@@ -167,4 +184,39 @@ class Locked(MemoryTransport):
     post, poll, drained, release = _locked("post"), _locked("poll"), _locked("drained"), _locked("release")
 
 
-CORRECT = (Plain, Flushing, Polled, Locked)
+class Engined(MemoryTransport):
+    """Loads an engine, and knows what to say where it is not there."""
+
+    name = "engined"
+    contract_version = 1
+
+    @classmethod
+    def probe(cls) -> Probe:
+        if importlib.util.find_spec("an_engine") is None:
+            return Probe(Readiness.UNAVAILABLE, "the engine is not installed", "pip install an-engine")
+        return Probe(Readiness.READY, "the engine is there", path="memcpy")
+
+    def __init__(self, options: Any) -> None:
+        try:
+            import an_engine
+        except ImportError as error:
+            raise TransportUnavailable("the engine is not installed", transport=self.name) from error
+        super().__init__(options)
+        self._engine = an_engine
+
+
+class Learning(MemoryTransport):
+    """What became of a write is not known for a while, and then it is."""
+
+    name = "learning"
+    contract_version = 1
+
+    def poll(self, handle: int) -> Status:
+        status = super().poll(handle)
+        if status is Status.FAILED and self._batch(handle).cancelled:
+            seen = self._seen = {**getattr(self, "_seen", {}), handle: getattr(self, "_seen", {}).get(handle, 0) + 1}
+            return status if seen[handle] > 2 else Status.UNKNOWN
+        return status
+
+
+CORRECT = (Plain, Flushing, Polled, Locked, Engined, Learning)

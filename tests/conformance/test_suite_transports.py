@@ -36,9 +36,14 @@ def test_a_first_party_transport_keeps_every_rule(name: str) -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("cls", CORRECT, ids=lambda cls: cls.name)
 def test_a_transport_that_is_right_in_another_way_passes(cls: type[Transport]) -> None:
-    report = run(cls, tier="quick", seed=21, rules="XFR,BND,VIS,ORD,ERR,CAN,THR,WAK,HYG-8,RES-3,RES-4,WM,INT,CN")
+    report = run(cls, tier="quick", seed=21, rules="XFR,BND,VIS,ORD,ERR,CAN,THR,WAK,HYG-8,HYG-12,RES-3,RES-4,WM,INT,CN")
     assert failures(report) == []
-    needed = {"flushing": ("VIS-3", "INT-3", "BND-11"), "locked": ("THR-1",), "plain": ("BND-11",)}
+    needed = {
+        "flushing": ("VIS-3", "INT-3", "BND-11"),
+        "locked": ("THR-1",),
+        "plain": ("BND-11",),
+        "engined": ("HYG-12",),
+    }
     passed = {finding.rule for finding in report.of(Verdict.PASS)}
     assert passed.issuperset(needed.get(cls.name, ()))
 

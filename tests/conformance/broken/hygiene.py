@@ -12,8 +12,9 @@ from typing import Any
 
 from broken.catalogue import broken
 from tensorferry.backends.memory import MemoryTransport
+from tensorferry.core.errors import TransportUnavailable
 from tensorferry.core.memory import Memory
-from tensorferry.core.transport import Copy, Options, Probe, Region
+from tensorferry.core.transport import Copy, EngineVariable, Options, Probe, Readiness, Region
 
 
 @broken({"RES-1": "descriptor"})
@@ -191,3 +192,73 @@ class FlushesWithoutSayingSo(MemoryTransport):
 @broken({"HYG-10": "reads is declared"})
 class DeclaresReads(MemoryTransport):
     capabilities = replace(MemoryTransport.capabilities, reads=True)
+
+
+# ---- without its engine --------------------------------------------------------------------------------------
+
+
+@broken({"HYG-12": "the probe says ready, and a first write ended with ModuleNotFoundError"})
+class TrustsThatItsEngineIsThere(MemoryTransport):
+    """Its probe has not looked."""
+
+    def __init__(self, options: Options) -> None:
+        import an_engine
+
+        super().__init__(options)
+        self._engine = an_engine
+
+
+@broken({"HYG-12": "probe raised ModuleNotFoundError"})
+class ProbesWithItsEngine(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        import an_engine
+
+        return Probe(Readiness.READY, f"the engine is {an_engine.VERSION}", path="memcpy")
+
+
+@broken({"HYG-12": "opening ended with DONE|opening ended DONE"})
+class OpensWithoutItsEngine(MemoryTransport):
+    """Says that it cannot work, and opens."""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        try:
+            import an_engine
+        except ImportError:
+            return Probe(Readiness.UNAVAILABLE, "the engine is not installed", "pip install an-engine")
+        return Probe(Readiness.READY, f"the engine is {an_engine.VERSION}", path="memcpy")
+
+
+@broken({"HYG-12": "opening says 'no "})
+class OpensWithoutAWord(OpensWithoutItsEngine):
+    def __init__(self, options: Options) -> None:
+        if not type(self).probe().usable:
+            raise TransportUnavailable("no", transport=self.name)
+        super().__init__(options)
+
+
+@broken({"HYG-13": "after connecting, the capabilities of the writer"})
+class LearnsWhatItCan(MemoryTransport):
+    """How many copies a post may have, it asks its peers."""
+
+    def connect(self, descriptor: bytes) -> Any:
+        self.capabilities = replace(type(self).capabilities, preferred_post_bytes=1 << 20)
+        return super().connect(descriptor)
+
+
+@broken({"HYG-14": "opening changes FERRY_TEST_ENGINE_LOG, which is not in `sets`"})
+class TellsItsEngineBehindOurBacks(MemoryTransport):
+    def __init__(self, options: Options) -> None:
+        os.environ["FERRY_TEST_ENGINE_LOG"] = "error"
+        super().__init__(options)
+
+
+@broken(
+    {"HYG-14": "opening changes LC_ALL, which was set before|opening changes PYTHONPATH, which was set before"},
+    sets=(EngineVariable("PYTHONPATH", "", "the engine's own interpreter shall not find it"),),
+)
+class OverrulesTheUser(MemoryTransport):
+    def __init__(self, options: Options) -> None:
+        os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", "") + os.pathsep
+        super().__init__(options)

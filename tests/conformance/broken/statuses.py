@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from correct import Flushing
+
 from broken.catalogue import broken
 from broken.pids import KnowsPids
+from tensorferry.backends._copier import memmove
 from tensorferry.backends.memory import MemoryTransport
 from tensorferry.backends.shm import ShmTransport
 from tensorferry.core.errors import BadCall
@@ -86,7 +89,7 @@ class IsDoneAndNotDrained(MemoryTransport):
         super().release(handle)
 
 
-@broken({"ERR-3": "was drained, and is not any more", "CAN-2": "not drained"})
+@broken({"ERR-3": "was drained, and is not any more", "ERR-9": "is not any more", "CAN-2": "not drained"})
 class UndoesDrained(MemoryTransport):
     def drained(self, handle: int) -> bool:
         answer = super().drained(handle)
@@ -293,3 +296,45 @@ class WakesAfterClose(MemoryTransport):
         timer = threading.Timer(0.05, getattr(self, "_wake", int))
         timer.daemon = True
         timer.start()
+
+
+# ---- the source ----------------------------------------------------------------------------------------------
+
+
+@broken({"ERR-9": "source_free was True, and is not any more"})
+class ReadsItsSourceAgain(MemoryTransport):
+    """Says that the source is free, and not, by turns."""
+
+    def source_free(self, handle: int) -> bool:
+        self._free = {**getattr(self, "_free", {}), handle: getattr(self, "_free", {}).get(handle, 0) + 1}
+        return super().source_free(handle) or self._free[handle] == 1
+
+
+@broken({"ERR-9": "its source is not free"})
+class NeverFreesItsSource(MemoryTransport):
+    def source_free(self, handle: int) -> bool:
+        super().source_free(handle)
+        return False
+
+
+@broken({"XFR-21": "was read after source_free had answered True"})
+class FreesItsSourceTooEarly(MemoryTransport):
+    """As soon as it is posted; it is read a little later."""
+
+    def _start(self, peer: Any, batch: Any, plan: Any) -> None:
+        timer = threading.Timer(0.003, super()._start, (peer, batch, plan))
+        timer.daemon = True
+        timer.start()
+
+    def source_free(self, handle: int) -> bool:
+        super().source_free(handle)
+        return True
+
+
+@broken({"XFR-21": "was read after it was DONE"})
+class ReadsWhenItIsFlushed(Flushing):
+    """DONE is a promise: the bytes are fetched by the flush."""
+
+    def _fetch(self, placed: tuple[Any, ...], live: Region) -> None:
+        _, offset, nbytes, source = placed
+        memmove(live.memory.address + offset, source, nbytes)
