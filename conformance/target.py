@@ -96,13 +96,21 @@ def _typed(cls: type[Transport], options: dict[str, Any]) -> Any:
 
 
 def _import(path: str) -> Any:
+    """What `module:attribute` names; modules of the working directory are found, as for hooks."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module, _, attribute = path.partition(":")
     try:
         found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        hint = "module:Class is looked for in the working directory and where Python looks (PYTHONPATH)"
+        raise TransportUnavailable(f"{path} cannot be imported: {error}", hint=hint) from error
+    except Exception as error:
+        cause = f"the import of {module} raised {type(error).__name__}: {error}"
+        raise TransportUnavailable(cause, hint=f"python -c 'import {module}' shows where") from error
+    try:
         for part in attribute.split("."):
             found = getattr(found, part)
-    except ImportError as error:
-        raise TransportUnavailable(f"{path} cannot be imported: {error}") from error
     except AttributeError as error:
         raise ConfigError(f"{path} is not there: {error}") from error
     return found

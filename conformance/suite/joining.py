@@ -19,7 +19,7 @@ from tensorferry.core.errors import (
     TransportMismatch,
     VersionMismatch,
 )
-from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, Status
+from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, Region, Status
 
 TYPED = (ProtocolViolation, VersionMismatch, PeerUnreachable, TransportMismatch)
 
@@ -51,7 +51,8 @@ def changes_with_regions(stage: Stage) -> None:
 @check("CON-3")
 def follows_new_descriptors(stage: Stage) -> None:
     pair = stage.pair()
-    for count in range(1, 5):
+    retired: list[Region] = []
+    for count in range(1, 7):
         region = stage.region(pair.owner, 4096)
         peer = pair.writer.connect(pair.owner.describe())
         stage.expect(
@@ -59,7 +60,12 @@ def follows_new_descriptors(stage: Stage) -> None:
         )
         data = stage.pattern(100, count)
         pair.done(pair.post(data, region=region), f"a post to region {count}, told by a newer descriptor,")
-        pair.placed(data, region=region)
+        pair.placed(data, region=region, what=f"a post to region {count}, told by a newer descriptor,")
+        stage.sealed(*retired, after=f"they were retired, and region {count} was written to, in retired regions")
+        if count % 2 == 0:  # the next may have its id
+            pair.owner.retire(region)
+            stage.seal(region)
+            retired.append(region)
 
 
 @check("CON-4")

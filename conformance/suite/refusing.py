@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tensorferry.conformance.model import NotApplicable, check
 from tensorferry.conformance.patterns import GUARD, difference
 from tensorferry.conformance.stage import Pair, Stage, at
@@ -214,26 +216,27 @@ def unregistered_sources(stage: Stage) -> None:
     _untouched(stage, pair, "a copy from memory that is not registered")
 
 
-@check("BND-12", seconds=90)
+@check("BND-12", seconds=180)
 def stale_writer(stage: Stage) -> None:
-    """The writer has an old descriptor: one of two regions is retired by now."""
-    pair = stage.pair(SIZE)
-    gone = pair.target(SIZE)
-    source = pair.source(data := stage.pattern(2 * SIZE))
-    pair.owner.retire(gone)
-    copies = [Copy(source, 0, at(pair.region), 0, SIZE), Copy(source, SIZE, at(gone), 0, SIZE)]
-    answer = stage.attempt(
-        lambda: pair.writer.post(pair.peer, copies), "a post by a writer that has not heard of a retire"
-    )
-    if isinstance(answer, FerryError):
-        stage.note("refused", answer)
-        return
-    status = pair.end(answer, 60)
-    stage.note("ended", status.name)
-    if status is not Status.DONE:
-        return
-    pair.flush()
-    pair.placed(data[:SIZE], what="copy 0 of 2, to a region that is live,")
-    if pair.owner.capabilities.needs_flush:
-        return  # nobody flushes what is retired
-    pair.placed(data[SIZE:], region=gone, what="copy 1 of 2, to a region that is retired,")
+    """The writer has an old descriptor: one of the regions of a batch is retired by now, whichever copy names it."""
+    for count, place in ((2, 1), (2, 0), (3, 1)):
+        pair = stage.pair(SIZE)
+        regions = [pair.region, *(pair.target(SIZE) for _ in range(1, count))]
+        gone = regions[place]
+        data = stage.pattern(count * SIZE)
+        source = pair.source(data)
+        pair.owner.retire(gone)
+        copies = [Copy(source, n * SIZE, at(region), 0, SIZE) for n, region in enumerate(regions)]
+        answer = stage.attempt(
+            partial(pair.writer.post, pair.peer, copies), "a post by a writer with an old descriptor"
+        )
+        told = answer if isinstance(answer, FerryError) else pair.end(answer, 60)
+        stage.note(f"copy {place} of {count} to a retired region", told if isinstance(told, FerryError) else told.name)
+        if told is not Status.DONE:
+            continue
+        for n, region in enumerate(regions):
+            pair.flush(region) if region is not gone else None
+            if region is gone and pair.owner.capabilities.needs_flush:
+                continue  # nobody flushes what is retired
+            what = f"copy {n} of {count}, to a region that is {'retired' if region is gone else 'live'},"
+            pair.placed(data[n * SIZE :][:SIZE], region=region, what=what)

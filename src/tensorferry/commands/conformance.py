@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.commands.output import BadFlag, Exit, Output
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
     if out.json:
         out.object(writing.as_dict(report, strict=args.strict))
     else:
-        _sum_up(report, args.strict, out)
+        _sum_up(report, args, out)
         for file in files:
             out.line(f"written: {file}")
     return Exit(report.exit_code(strict=args.strict))
@@ -140,7 +141,16 @@ def _show(finding: Finding, out: Output) -> None:
                 out.line(f"{'':24}{line}")
 
 
-def _sum_up(report: Report, strict: bool, out: Output) -> None:
+def _again(args: argparse.Namespace, failed: list[Finding], seed: int) -> str:
+    """The command that runs what has failed again, with the same random choices."""
+    words = ["tensorferry", "conformance", "run", args.name, *(f"-o={item}" for item in args.option)]
+    words += ["--tier", args.tier] if args.tier != "verify" else []
+    words += ["--hooks", args.hooks] if args.hooks else []
+    words += ["--rules", ",".join(finding.rule for finding in failed), "--seed", str(seed)]
+    return shlex.join(words)
+
+
+def _sum_up(report: Report, args: argparse.Namespace, out: Output) -> None:
     from tensorferry.conformance.report import summary
 
     out.line()
@@ -148,9 +158,8 @@ def _sum_up(report: Report, strict: bool, out: Output) -> None:
     out.line(f"{report.target.name}: {counted}; {report.seconds:.0f} s, seed {report.seed}")
     for defect in report.defects:
         out.line(f"defect of the suite: {defect.splitlines()[-1]}")
-    failed = report.failed(strict=strict)
+    failed = report.failed(strict=args.strict)
     if failed:
-        names = ",".join(finding.rule for finding in failed)
-        out.line(f"does not conform. Again: tensorferry conformance run ... --rules {names} --seed {report.seed}")
+        out.line(f"does not conform. Again: {_again(args, failed, report.seed)}")
     elif not report.defects:
         out.line("conforms")
