@@ -59,6 +59,11 @@ class Peer:
         ranges = [(*(int(end, 16) for end in where.split("-")), access) for where, access in rows]
         return any(low <= address < high and access == "---p" for low, high, access in ranges)
 
+    def seal_first(self) -> None:
+        """Give back the pages of the first region, as if its owner had unmapped them; it stays registered."""
+        owner: Any = self.regions[0].memory.owner
+        getattr(owner, "mapping", owner).seal()
+
     def connect(self, descriptor: str) -> None:
         self.peer = self.transport.connect(bytes.fromhex(descriptor))
 
