@@ -13,12 +13,13 @@ import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from tensorferry.backends._copier import Batch, Copier
 from tensorferry.backends._descriptor import MAX_REGIONS
 from tensorferry.backends._mapping import MADV_HUGEPAGE, Mapping
+from tensorferry.core.cuda_driver import driver
 from tensorferry.core.errors import BadCall, OutOfBounds, TransportError, Unsupported
 from tensorferry.core.memory import Memory, check_available
 from tensorferry.core.transport import Copy, Options, Region, RemoteRegion, Status, Transport
@@ -106,10 +107,12 @@ class HostTransport(Transport, Generic[J]):
 
     # ---- memory ------------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        """Zeroed, page-aligned memory of this process whose pages are there already."""
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
+        """Zeroed, page-aligned memory of this process whose pages are there already; or a GPU's."""
         self._check_open()
         self._check_wish(nbytes, kind)
+        if kind == "cuda":
+            return driver().allocate(nbytes, device)
         try:
             check_available(nbytes)
             mapping = Mapping(nbytes)
@@ -158,6 +161,19 @@ class HostTransport(Transport, Generic[J]):
         del self._live[region.id]
         self._revision += 1
         self._withdraw(live)
+
+    def _take_cuda(self) -> None:
+        """From the constructor: this instance's engine moves CUDA memory, by a card that reads and writes it."""
+        kinds = self.capabilities.memory_kinds | {"cuda"}
+        self.capabilities = replace(self.capabilities, memory_kinds=kinds, needs_flush=True)
+
+    def flush(self, region: Region) -> None:
+        """Where CUDA memory is taken. What a card has written to host memory needs none."""
+        if not self.capabilities.needs_flush:
+            super().flush(region)
+        self._check_open()
+        if region.memory.kind == "cuda":
+            driver().flush(region.memory.device)
 
     # ---- writing -----------------------------------------------------------------------------------------
 

@@ -106,13 +106,16 @@ class Engine:
     def register(self, memory: Memory) -> None:
         """Raises BadCall for memory that overlaps what is registered, TransportError for anything else. The GIL is
         released (the engine's single call would hold it while a device pins the pages)."""
+        # The engine asks CUDA itself where an address lies (its wildcard location).
         code = self._engine.batch_register_memory([memory.address], [memory.nbytes])
         if code == OVERLAP:
             raise BadCall(f"{memory} overlaps memory that is registered already", transport="mooncake")
         if code:
             raise TransportError(
-                f"the engine does not register {memory.nbytes} bytes (code {code})",
-                hint="Over RDMA, pinned memory counts against `ulimit -l`",
+                f"the engine does not register {memory.nbytes} bytes of {memory.place} memory (code {code})",
+                hint="Over RDMA, pinned memory counts against `ulimit -l`"
+                if memory.kind == "cpu"
+                else f"Load a peer-memory module (`modprobe nvidia_peermem`); {environment.DMA_BUF}",
                 transport="mooncake",
             )
         self._memory[memory.address] = memory

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
+from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
 log = logging.getLogger("tensorferry.backends.mooncake")
@@ -72,8 +73,13 @@ _REFUSES = {
 }
 
 
-CHOOSES = ("MC_FORCE_TCP", "MC_FORCE_HCA", "MC_TE_FILTERS", "MC_GID_INDEX", "MC_IB_PORT", "MC_USE_IPV6")
+CHOOSES = (
+    "MC_FORCE_TCP", "MC_FORCE_HCA", "MC_TE_FILTERS", "MC_GID_INDEX", "MC_IB_PORT", "MC_USE_IPV6", "WITH_NVIDIA_PEERMEM",
+)  # fmt: skip
 """The user's variables that decide about the way that bytes take: the probe shows those that are set."""
+
+DMA_BUF = "WITH_NVIDIA_PEERMEM=0 makes the engine use it"
+"""By default it registers GPU memory as if a peer-memory module were loaded, and fails where none is."""
 
 EXPOSURE = {
     "listens": "on all interfaces, for anybody who can connect",
@@ -201,6 +207,23 @@ def is_cpu_build() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def why_not_cuda(protocol: str) -> tuple[str, str]:
+    """Why this transport does not take CUDA memory over `protocol`, and what helps; ("", "") where nothing that we can
+    see stands against it.
+
+    Over RDMA alone: over TCP the engine copies through host memory of its own, by a stream that ours are not in order
+    with, and the endpoint's way through the host is as short.
+    """
+    if is_cpu_build():
+        return (
+            "this is the engine's build without CUDA",
+            f"pip uninstall {DISTRIBUTIONS[0]}; pip install 'tensorferry[mooncake]'",
+        )
+    if protocol != "rdma":
+        return "it is taken over RDMA alone", "Rows on a GPU go through host memory"
+    return why_no_cuda()
 
 
 def check_libraries() -> None:

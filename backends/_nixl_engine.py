@@ -39,6 +39,11 @@ DOORSTEP_BYTES = 4096
 Piece = tuple[int, int, int]
 """(source address, target address, bytes)"""
 
+Route = tuple[int, int]
+"""The GPUs that a request reads from and writes to, by number; -1 is host memory."""
+
+HOST_TO_HOST = (-1, -1)
+
 _loading = threading.Lock()
 _creating = threading.Lock()
 """Held while an agent comes to be: what is there afterwards and was not before is its own."""
@@ -97,8 +102,9 @@ def _preload(file: str, mode: int) -> None:
 class Agent:
     """One agent of this process. Any thread may call `start`, `look`, `learn` and `forget`; `close` comes last."""
 
-    def __init__(self, backend: str, require: str, workers: int) -> None:
-        """Raises Unfit where the engine does not start. `require`: give UCX nothing else ("rdma", "tcp"), or ""."""
+    def __init__(self, backend: str, require: str, workers: int, *, cuda: bool = False) -> None:
+        """Raises Unfit where the engine does not start. `require`: give UCX nothing else ("rdma", "tcp"), or "".
+        `cuda`: let it know GPU memory when it is given some, which UCX's module for copies within a process does."""
         self._nixl = nixl = load()
         self.name = f"tensorferry-{secrets.token_hex(16)}"
         config = nixl.nixlAgentConfig()
@@ -112,7 +118,7 @@ class Agent:
         check_backend(backend, self._agent.getAvailPlugins())
         parameters = {"num_workers": str(workers)} if backend == "UCX" else {}
         if backend == "UCX" and require in (RDMA, TCP):
-            parameters["engine_config"] = "TLS=ib" if require == RDMA else "TLS=tcp"
+            parameters["engine_config"] = ("TLS=ib" if require == RDMA else "TLS=tcp") + (",cuda_copy" if cuda else "")
         with _creating:
             ports, sets = listening_ports(), event_sets()
             try:
@@ -132,17 +138,23 @@ class Agent:
     def register(self, memory: Memory) -> None:
         """Raises TransportError. The GIL is released."""
         # One by one: given a list, the binding first asks numpy whether it is an array, and imports it for that.
-        entries = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, 0)
-        entries.addDesc((memory.address, memory.nbytes, 0, ""))
+        on_gpu = memory.kind == "cuda"
+        entries = self._nixl.nixlRegDList(self._segment(memory.device if on_gpu else -1), 0)
+        entries.addDesc((memory.address, memory.nbytes, memory.device, ""))
         try:
             self._agent.registerMem(entries, [self._backend])
         except Exception as error:
             raise TransportError(
                 f"the engine does not register {memory.nbytes} bytes: {error}",
-                hint="Over RDMA, pinned memory counts against `ulimit -l`",
+                hint="GPU memory needs a peer-memory module (`modprobe nvidia_peermem`) or DMA-BUF"
+                if on_gpu
+                else "Over RDMA, pinned memory counts against `ulimit -l`",
                 transport="nixl",
             ) from error
         self._memory[memory.address] = (memory, entries)
+
+    def _segment(self, gpu: int) -> Any:
+        return self._nixl.DRAM_SEG if gpu < 0 else self._nixl.VRAM_SEG
 
     def unregister(self, memory: Memory) -> None:
         """Only what nobody writes to any more: over TCP the engine does not check, and a late write ends the process
@@ -189,13 +201,14 @@ class Agent:
 
     # ---- writing -----------------------------------------------------------------------------------------
 
-    def prepare(self, name: str, pieces: Sequence[Piece]) -> Request:
+    def prepare(self, name: str, pieces: Sequence[Piece], route: Route = HOST_TO_HOST) -> Request:
         """A request that is not under way yet. Raises what the engine raises where it knows no such memory."""
         nixl = self._nixl
-        local, remote = nixl.nixlXferDList(nixl.DRAM_SEG, 0), nixl.nixlXferDList(nixl.DRAM_SEG, 0)
+        local, remote = (nixl.nixlXferDList(self._segment(gpu), 0) for gpu in route)
+        here, there = (max(0, gpu) for gpu in route)
         for source, target, nbytes in pieces:
-            local.addDesc((source, nbytes, 0))
-            remote.addDesc((target, nbytes, 0))
+            local.addDesc((source, nbytes, here))
+            remote.addDesc((target, nbytes, there))
         return Request(self, self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, name, "", [self._backend]))
 
     def submit(self, request: Request) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tensorferry.backends._nixl_engine import Piece, Request
+from tensorferry.backends._nixl_engine import Piece, Request, Route
 from tensorferry.backends._nixl_wire import Descriptor
 from tensorferry.backends._process import ProcessWatch
 from tensorferry.core.transport import Status
@@ -61,8 +61,8 @@ class Job:
     """One post. `status` is written by a worker's thread, replaced whole, and read by any."""
 
     target: Target
-    batches: deque[list[Piece]]
-    """What is not submitted yet, a request each."""
+    batches: deque[tuple[Route, list[Piece]]]
+    """What is not submitted yet, a request each: the engine takes one kind of memory on either side of one."""
     keep: Sequence[object]
     """What has to live while the engine may read the sources."""
     queued_at: float

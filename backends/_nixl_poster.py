@@ -361,7 +361,7 @@ class Worker:
             return
         batch = job.batches.popleft()
         try:
-            request = self._agent.prepare(target.told.agent, batch)
+            request = self._agent.prepare(target.told.agent, batch[1], batch[0])
         except Exception as error:  # noqa: BLE001 - it knows no such memory, or has forgotten the peer by itself
             target.ready, target.learnt = False, -1
             if job.retried:

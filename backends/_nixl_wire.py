@@ -10,7 +10,7 @@ import msgspec
 from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
 from tensorferry.backends._host import Host
 
-DESCRIPTOR_VERSION = 1
+DESCRIPTOR_VERSION = 2
 MAX_METADATA_BYTES = 64 * 1024
 
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -40,6 +40,8 @@ class Descriptor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     """Where each region begins, in the order of `regions`: the engine's requests need them."""
     regions: Annotated[list[tuple[Natural, Natural, Natural]], msgspec.Meta(max_length=MAX_REGIONS)]
     """(id, generation, bytes)"""
+    gpus: Annotated[list[Annotated[int, msgspec.Meta(ge=-1, le=4095)]], msgspec.Meta(max_length=MAX_REGIONS)]
+    """The number of the GPU that each region lies on, -1 for host memory, in the order of `regions`."""
 
 
 encode = msgspec.msgpack.Encoder().encode

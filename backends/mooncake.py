@@ -11,6 +11,9 @@ is stopped. RETIRE is not: a write whose header the engine has checked goes on i
 unregistered meanwhile. So a region stays registered when it is retired, others' writes into it end as they should, and
 a late one lands in memory that is still there; it is unregistered when no peer is left that was told of it.
 
+CUDA memory is taken by the engine's build with CUDA over RDMA: a card reads and writes it, and `flush` makes visible
+what was written. Not run on a GPU.
+
 Whoever can connect to the engine's ports can read and write all registered memory: they listen on every interface and
 ask for no password. Use it in networks that you trust, as you would the engine itself.
 """
@@ -40,6 +43,7 @@ from tensorferry.backends._mooncake_jobs import Job, Target, cut
 from tensorferry.backends._mooncake_options import MooncakeOptions
 from tensorferry.backends._mooncake_poster import Limits, Poster
 from tensorferry.backends._mooncake_sockets import Aftermath
+from tensorferry.core.cuda_driver import carried
 from tensorferry.core.errors import (
     ConfigError,
     OutOfBounds,
@@ -112,6 +116,7 @@ class MooncakeTransport(HostTransport[Job]):
             why = f"importing the Mooncake engine fails: {error!r}"
             return Probe(Readiness.BROKEN, why, environment.INSTALL, _facts())
         facts = _facts() | {"address": _own_address("auto"), **environment.EXPOSURE, "ports": environment.port_range()}
+        facts |= carried(*environment.why_not_cuda("tcp" if cause else "rdma"), environment.DMA_BUF)
         if cause:
             return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts, path="tcp")
         return Probe(Readiness.READY, "an active RDMA device is there", facts=facts, path="rdma")
@@ -135,6 +140,8 @@ class MooncakeTransport(HostTransport[Job]):
             self._engine = Engine(self._address, chosen.device)
         except Unfit as unfit:
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
+        if not environment.why_not_cuda(self._engine.protocol)[0]:
+            self._take_cuda()
         self._poster = Poster(self._engine, Limits(chosen.window, chosen.contact_timeout, transfer_s))
         # The thread knows the poster and not the transport, so that a transport that is dropped without close() is
         # noticed, and ends.

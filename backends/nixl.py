@@ -16,6 +16,9 @@ a region stays valid whether it is registered or not, over CMA for as long as th
 TCP a write to unmapped memory ends this process. So a region stays registered when it is retired, until no peer is left
 that was told of it; and the addresses of memory that was allocated here are never used for anything else.
 
+CUDA memory is taken where UCX is given nothing but RDMA and has its CUDA module: then a card reads and writes it, and
+`flush` makes visible what was written. Not run on a GPU.
+
 Whoever can connect to UCX's ports can write to any address of this process: they listen on every interface and ask for
 no password. Use it in networks that you trust, as you would the engine itself.
 """
@@ -28,6 +31,7 @@ import os
 import secrets
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +45,15 @@ from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransp
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_choice import choose, copies_refused
 from tensorferry.backends._nixl_crew import Crew
-from tensorferry.backends._nixl_engine import Agent
+from tensorferry.backends._nixl_engine import Agent, Route
 from tensorferry.backends._nixl_environment import MEMCPY, RDMA, TCP, Unfit
-from tensorferry.backends._nixl_jobs import Job, Target, cut
+from tensorferry.backends._nixl_jobs import Job, Segment, Target, cut
 from tensorferry.backends._nixl_keeping import Sealed, outlive
 from tensorferry.backends._nixl_options import NixlOptions
 from tensorferry.backends._nixl_poster import Limits
 from tensorferry.backends._nixl_sockets import Aftermath
 from tensorferry.backends._rdma import rdma_ports
+from tensorferry.core.cuda_driver import carried
 from tensorferry.core.errors import (
     OutOfBounds,
     ProtocolViolation,
@@ -84,7 +89,8 @@ class NixlPeer(HostPeer):
     """What carries to it, as far as it is known before a byte has moved."""
     traceable: bool = field(kw_only=True)
     """Its connections to us can be seen in the kernel's tables, or there are none."""
-    addresses: dict[tuple[int, int], int] = field(default_factory=dict)
+    addresses: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """Where each region begins, and the GPU that it lies on (-1: host memory)."""
     gone: bool = False
 
 
@@ -127,6 +133,10 @@ class NixlTransport(HostTransport[Job]):
             "listens": "over TCP on all interfaces, for anybody who can connect",
             "authentication": "none: whoever connects can write to any memory of the process",
             "binding": "UCX_NET_DEVICES=eth0 (say) keeps UCX to that interface",
+            **carried(
+                *environment.why_not_cuda(module, "UCX", environment.ways("ib" if not cause else "tcp")),
+                "UCX takes that way by itself where the kernel and the driver have it",
+            ),
             **environment.said("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES"),
         }
         if not cause:
@@ -145,9 +155,12 @@ class NixlTransport(HostTransport[Job]):
         self._host = this_host()
         try:
             self._ways, require = choose(chosen)
-            agent = Agent(chosen.backend, require, chosen.workers)
+            found, _ = environment.why_not_cuda(environment.module_name(), chosen.backend, self._ways)
+            agent = Agent(chosen.backend, require, chosen.workers, cuda=not found)
         except Unfit as unfit:
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
+        if not found:
+            self._take_cuda()
         self._agent = agent
         limits = Limits(chosen.window, chosen.contact_timeout, chosen.progress_timeout)
         self._crew = Crew(agent, limits, chosen.workers)
@@ -163,10 +176,12 @@ class NixlTransport(HostTransport[Job]):
 
     # ---- our memory --------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        """Its addresses are used for nothing else in this process, ever: a peer may write to them late."""
-        memory = super().allocate(nbytes, kind)
-        assert isinstance(memory.owner, Mapping)
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
+        """Host memory's addresses are used for nothing else in this process, ever: a peer may copy into them late. (To
+        a GPU's memory only a card writes, and not beyond its registration.)"""
+        memory = super().allocate(nbytes, kind, device)
+        if not isinstance(memory.owner, Mapping):
+            return memory
         return Memory(memory.address, nbytes, kind, Sealed(memory.owner))
 
     def _publish(self, region: Region) -> None:
@@ -232,6 +247,7 @@ class NixlTransport(HostTransport[Job]):
                 metadata,
                 [region.memory.address for region in live],
                 [(region.id, region.generation, region.memory.nbytes) for region in live],
+                [_gpu(region.memory) for region in live],
             )
         )
 
@@ -241,7 +257,10 @@ class NixlTransport(HostTransport[Job]):
         """Returns at once; the engine hears of the peer, and asks whether it answers, before the first write to it."""
         self._check_open()
         told = decode(descriptor, self.name, wire.DESCRIPTOR_VERSION, wire.Descriptor)
-        if len(told.addresses) != len(told.regions) or wire.checksum(told.metadata) != told.checksum:
+        if (
+            not len(told.addresses) == len(told.regions) == len(told.gpus)
+            or wire.checksum(told.metadata) != told.checksum
+        ):
             raise ProtocolViolation("a descriptor that contradicts itself", transport=self.name)
         peer = self._peers.get(told.instance)
         if peer is None:
@@ -258,7 +277,7 @@ class NixlTransport(HostTransport[Job]):
         if peer.learn(told.revision, told.regions):
             peer.target.told = told
             keys = ((number, generation) for number, generation, _ in told.regions)
-            peer.addresses = dict(zip(keys, told.addresses, strict=True))
+            peer.addresses = dict(zip(keys, zip(told.addresses, told.gpus, strict=True), strict=True))
         return peer
 
     def _way(self, told: wire.Descriptor) -> str:
@@ -347,7 +366,7 @@ class NixlTransport(HostTransport[Job]):
             raise Unsupported("the local side of a copy has to lie in a registered region", transport=self.name)
         return super()._source(copy)
 
-    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, int]:
+    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, tuple[int, int]]:
         assert isinstance(peer, NixlPeer)
         if peer.target.ended():
             raise TransportError("the peer's process has ended", transport=self.name)
@@ -361,11 +380,15 @@ class NixlTransport(HostTransport[Job]):
 
     def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Job:
         assert isinstance(peer, NixlPeer)
-        segments = [
-            (local, base, source, base + offset, nbytes)
-            for local, (base, offset, source, nbytes) in zip(keep, plan, strict=True)
-        ]
-        job = Job(peer.target, cut(segments, self._submit_bytes), keep, time.monotonic())
+        routes: dict[Route, list[Segment]] = {}
+        for local, ((base, gpu), offset, source, nbytes) in zip(keep, plan, strict=True):
+            assert isinstance(local, Memory)
+            segment = (local, base, source, base + offset, nbytes)
+            routes.setdefault((_gpu(local), gpu), []).append(segment)
+        batches = deque(
+            (route, batch) for route, segments in routes.items() for batch in cut(segments, self._submit_bytes)
+        )
+        job = Job(peer.target, batches, keep, time.monotonic())
         self._crew.write(job)
         return job
 
@@ -409,6 +432,11 @@ class NixlTransport(HostTransport[Job]):
         self._live.clear()
         self._peers.clear()
         self._retired.clear()
+
+
+def _gpu(memory: Memory) -> int:
+    """The number of the GPU that it lies on; -1: none."""
+    return memory.device if memory.kind == "cuda" else -1
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()

@@ -172,7 +172,7 @@ class ShmTransport(HostCopyTransport):
 
     # ---- our memory --------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
         """Zeroed, page-aligned, shareable memory. With `prefault` this takes about 0.4 s a GB."""
         self._check_open()
         self._check_wish(nbytes, kind)

@@ -147,8 +147,8 @@ class FaultProxy(Transport):
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        return self.inner.allocate(nbytes, kind)
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
+        return self.inner.allocate(nbytes, kind, *([device] if device else []))
 
     def register(self, memory: Memory) -> Region:
         region = self.inner.register(memory)

@@ -14,22 +14,26 @@ from dataclasses import dataclass
 import torch
 
 from tensorferry.core.carriers import Carriers, Regions
+from tensorferry.core.copying import HOST_DEVICE, OVER, Copying, Device, Reading, View, memory_of
+from tensorferry.core.devices import claim
 from tensorferry.core.digest import digest
-from tensorferry.core.errors import BadCall, ConfigError, InternalError, TooLarge
+from tensorferry.core.errors import BadCall, ConfigError, FerryError, InternalError, TooLarge
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, SlabPlan, destination_bytes, slab_plan
-from tensorferry.core.memory import Memory, advise_huge_pages, available_bytes, copy_bytes
+from tensorferry.core.memory import HOST, Memory, Place
 
 
-class Gathered:
+class Gathered(Copying):
     """A gather under way. Its blocks may be freed, and its rows count, when `finished` says so and not before (GR-7).
 
-    A copy in host memory is over when `gather` returns. One on a device is only queued then; its kind of Gathered
-    asks the device.
+    A copy in host memory is over when `gather` returns. One by a GPU is only queued then, and `copying` asks it.
     """
 
+    def __init__(self, copying: Copying = OVER) -> None:
+        self._copying = copying
+
     def finished(self) -> bool:
-        """All rows are in the destination, and nothing reads the blocks any more. Never blocks."""
-        return True
+        """All rows are in the destination, and nothing reads the blocks any more. Never blocks; raises DeviceError."""
+        return self._copying.finished()
 
 
 class Result:
@@ -63,38 +67,43 @@ class Result:
         parts = (f"{n}={'None' if t is None else f'{t.dtype}{list(t.shape)}'}" for n, t in self._tensors.items())
         return f"Result({', '.join(parts)})"
 
+    def _claimed(self) -> Result:
+        """For the thread that takes it: rows on a GPU belong to its stream from here on."""
+        claim(self._tensors)
+        return self
+
 
 class Destination:
-    """Where the rows of `total` tokens of the components `names` end up: one tensor each, not filled.
+    """Where the rows of `total` tokens of the components `names` end up: one tensor each, not filled, in memory of
+    `place`, which `device` copies to.
 
     `nbytes` is what the budget is charged. Each tensor starts on a multiple of 64 bytes: gathering to one that is
     only 16-byte aligned takes twice as long. Raises TooLarge where there is no memory.
     """
 
-    def __init__(self, layout: Layout, total: int, names: Iterable[str]) -> None:
+    def __init__(
+        self, layout: Layout, total: int, names: Iterable[str], *, device: Device = HOST_DEVICE, place: Place = HOST
+    ) -> None:
         self.total = total
         self.names = tuple(sorted(names))
         self.nbytes = destination_bytes(layout, total, self.names)
         self._layout = layout
         self._tensors: dict[str, torch.Tensor] = {}
-        self._views: dict[str, memoryview] = {}
+        self._views: dict[str, View] = {}
         for name in self.names:
             component = layout[name]
             try:
-                # A serving process may well have set another default device.
-                dtype = getattr(torch, component.dtype)
-                tensor = torch.empty((total, *component.shape), dtype=dtype, device="cpu")
-            except (MemoryError, RuntimeError) as error:  # torch's allocator says RuntimeError
+                tensor = device.empty((total, *component.shape), getattr(torch, component.dtype), place)
+            except (MemoryError, RuntimeError) as error:  # torch's allocators say RuntimeError
+                where = "this host" if place == HOST else str(place)
                 raise TooLarge(
                     f"no memory for the {self.nbytes} bytes of {total} tokens: {error}",
-                    hint="Send fewer tokens, or lower destination_budget to what this host can give",
+                    hint=f"Send fewer tokens, or lower destination_budget to what {where} can give",
                 ) from error
-            memory = Memory(tensor.data_ptr(), total * component.token_bytes, "cpu", tensor)
-            advise_huge_pages(memory)
             self._tensors[name] = tensor
-            self._views[name] = memory.view()
+            self._views[name] = device.view(memory_of(tensor, place))
 
-    def view(self, name: str) -> memoryview:
+    def view(self, name: str) -> View:
         """The bytes of one component's rows, to write to. Raises BadCall after `result`: they are the caller's."""
         if not self._views and self.names:
             raise BadCall("the destination was handed over")
@@ -107,6 +116,7 @@ class Destination:
         tensors = self._tensors  # once: `result` may be called on another thread meanwhile
         if not tensors and self.names:
             raise BadCall("the destination was handed over")
+        claim(tensors)
         return {name: tensor[start:stop] for name, tensor in tensors.items()}
 
     def result(self, aux: Iterable[int]) -> Result:
@@ -169,11 +179,12 @@ class _Slab:
     plan: SlabPlan
     memory: Memory
     regions: Regions
-    view: memoryview
+    view: View
 
 
 class PoolBuffers:
-    """The pool's memory: one piece per slab, registered with every transport when this is made.
+    """The pool's memory: one piece per slab, registered with every transport when this is made, where the carriers'
+    targets lie. `device` copies from there to the destinations.
 
     `poison`: a debugging aid, off by default. Freed blocks are filled with a pattern and `check_poison` looks for it
     when they are granted, so that a write to a block that nobody had been granted is seen at the victim.
@@ -181,14 +192,23 @@ class PoolBuffers:
     ConfigError before the first page is taken where that is known, and what the transport raises where it is not.
     """
 
-    def __init__(self, carriers: Carriers, layout: Layout, geometry: Geometry, *, poison: bool = False) -> None:
+    def __init__(
+        self,
+        carriers: Carriers,
+        layout: Layout,
+        geometry: Geometry,
+        *,
+        device: Device = HOST_DEVICE,
+        poison: bool = False,
+    ) -> None:
         self.layout = layout
         self.geometry = geometry
         self.graveyard = Graveyard()
         self.poisoning = poison
         self._carriers = carriers
+        self._device = device
         self._slabs: list[_Slab] = []
-        _check_fits(layout, geometry)
+        _check_fits(layout, geometry, device, carriers.place)
         with ExitStack() as undo:
             undo.callback(self.close)
             for slab in range(geometry.slab_count):
@@ -225,14 +245,23 @@ class PoolBuffers:
         for block in self.geometry.slab_blocks(slab):
             self.poison(block)
 
+    def read(self, pairs: Iterable[tuple[int, int]], total: int, names: Iterable[str], mode: str) -> Reading:
+        """What the digests of some blocks are made of: (index, pool block) each, of a transfer of `total` tokens with
+        components `names`, hashed in `mode`."""
+        order = sorted(names)
+        return self._device.read([self._content(block, index, total, order) for index, block in pairs], mode)
+
     def digest(self, block: int, index: int, total: int, names: Iterable[str], seed: int, mode: str) -> int:
-        """The digest of pool block `block` as block `index` of a transfer of `total` tokens with components `names`."""
+        """The digest of one block, in host memory."""
+        [content] = self.read([(index, block)], total, names, mode).blocks
+        return digest(content, seed, mode)
+
+    def _content(self, block: int, index: int, total: int, names: Iterable[str]) -> list[tuple[str, View]]:
         slab, inside = self._locate(block, 1)
         tokens = self._tokens(index, 1, total)
-
-        places = [(name, slab.plan.areas[name]) for name in sorted(names)]
+        places = [(name, slab.plan.areas[name]) for name in names]
         starts = [(name, area.at(inside), tokens * area.component.token_bytes) for name, area in places]
-        return digest([(name, slab.view[start : start + n]) for name, start, n in starts], seed, mode)
+        return [(name, slab.view[start : start + n]) for name, start, n in starts]
 
     def gather(self, block: int, index: int, total: int, names: Iterable[str], destination: Destination) -> Gathered:
         """Copy block `index` from pool block `block` to its rows in the destination. See `gather_run`."""
@@ -256,30 +285,31 @@ class PoolBuffers:
         tokens = self._tokens(first_index, count, total)
         size = self.geometry.block_size
         first_row = first_index * size
-        for name in names:
-            area = slab.plan.areas[name]
-            target, token_bytes = destination.view(name), area.component.token_bytes
-            start, place, left = area.at(inside), first_row * token_bytes, tokens * token_bytes
-            if not area.packed:
-                copy_bytes(target[place : place + left], slab.view[start : start + left])
-                continue
-            for offset in range(0, left, size * token_bytes):
-                nbytes = min(size * token_bytes, left - offset)
-                target[place + offset : place + offset + nbytes] = slab.view[start : start + nbytes]
-                start += area.stride
-        return Gathered()
+        with self._device.batch() as batch:
+            for name in names:
+                area = slab.plan.areas[name]
+                target, token_bytes = destination.view(name), area.component.token_bytes
+                start, place, left = area.at(inside), first_row * token_bytes, tokens * token_bytes
+                if not area.packed:
+                    batch.copy(target[place : place + left], slab.view[start : start + left])
+                    continue
+                for offset in range(0, left, size * token_bytes):
+                    nbytes = min(size * token_bytes, left - offset)
+                    batch.copy(target[place + offset : place + offset + nbytes], slab.view[start : start + nbytes])
+                    start += area.stride
+        return Gathered(batch)
 
     def poison(self, block: int) -> None:
         """Fill a block that was freed with its pattern. Nothing happens unless poisoning is on."""
         if self.poisoning:
             for view, pattern in self._poison_of(block):
-                view[:] = pattern
+                self._device.fill(view, pattern)
 
     def check_poison(self, block: int) -> None:
         """Raises InternalError if a free block was written to. Nothing happens unless poisoning is on."""
         if self.poisoning:
             for view, pattern in self._poison_of(block):
-                if (found := view.tobytes()) != pattern:
+                if (found := self._device.content(view)) != pattern:
                     where = next(k for k, (a, b) in enumerate(zip(found, pattern, strict=True)) if a != b)
                     raise InternalError(f"free block {block} was written to, {where} bytes from the start of an area")
 
@@ -293,7 +323,12 @@ class PoolBuffers:
     def _fresh(self, slab: int) -> _Slab:
         plan = slab_plan(self.layout, self.geometry, slab)
         memory = self._carriers.allocate(plan.nbytes)
-        return _Slab(plan, memory, self._carriers.register(memory), memory.view())
+        regions = self._carriers.register(memory)
+        try:
+            return _Slab(plan, memory, regions, self._device.view(self._device.pin(memory)))
+        except FerryError:
+            self._carriers.retire(regions)
+            raise
 
     def _locate(self, block: int, count: int) -> tuple[_Slab, int]:
         if not (0 <= block < self.geometry.pool_blocks and count >= 1):
@@ -311,7 +346,7 @@ class PoolBuffers:
             raise InternalError(f"blocks {first_index} to {first_index + count - 1} are not in {total} tokens")
         return (count - 1) * self.geometry.block_size + last
 
-    def _poison_of(self, block: int) -> Iterator[tuple[memoryview, bytes]]:
+    def _poison_of(self, block: int) -> Iterator[tuple[View, bytes]]:
         """The pieces of a slab that belong to one block, with the pattern of each."""
         slab, inside = self._locate(block, 1)
         plan = slab.plan
@@ -324,14 +359,14 @@ class PoolBuffers:
             yield slab.view[start : start + nbytes], (word * (nbytes // 8 + 1))[:nbytes]
 
 
-def _check_fits(layout: Layout, geometry: Geometry) -> None:
+def _check_fits(layout: Layout, geometry: Geometry, device: Device, place: Place) -> None:
     """Raises ConfigError where the whole pool is more than can be had. Each slab alone may well fit, and taking them
     one by one would end in the kernel killing processes of its own choice."""
     wanted = sum(slab_plan(layout, geometry, slab).nbytes for slab in range(geometry.slab_count))
-    if wanted > (available := available_bytes()):
+    if wanted > (available := device.available(place)):
         raise ConfigError(
             f"a pool of {geometry.pool_blocks} blocks of {geometry.block_size} tokens takes {wanted} bytes, and about "
-            f"{available} are available",
+            f"{available} are available" + (f" on {place}" if place != HOST else ""),
             hint=f"A token of this layout takes {layout.token_bytes} bytes: lower pool_blocks, or block_size on both "
             "sides",
         )

@@ -15,6 +15,7 @@ from typing import Any
 from tensorferry.core import messages as m
 from tensorferry.core.errors import (
     BadCall,
+    ConfigError,
     FerryError,
     PathMismatch,
     ProtocolViolation,
@@ -23,7 +24,7 @@ from tensorferry.core.errors import (
     TransportUnavailable,
     VersionMismatch,
 )
-from tensorferry.core.memory import Memory
+from tensorferry.core.memory import HOST, Memory, Place
 from tensorferry.core.selection import Candidate, Verdict, preference, rank
 from tensorferry.core.transport import CONTRACT_VERSION, PeerState, Region, Transport
 
@@ -158,12 +159,13 @@ class Reach:
 class Carriers:
     """Owns the transports: what it is given it closes. One thread only (the endpoint's I/O thread)."""
 
-    def __init__(self, transports: Transport | Sequence[Transport], *, require: str = "") -> None:
-        """`require`: a path ("rdma") that the bytes must take. Raises TransportUnavailable where none can take it."""
+    def __init__(self, transports: Transport | Sequence[Transport], *, require: str = "", place: Place = HOST) -> None:
+        """`require`: a path ("rdma") that the bytes must take. Raises TransportUnavailable where none can take it.
+        `place`: where the memory lies that `allocate` gives. Raises ConfigError where no transport takes such."""
         given = [transports] if isinstance(transports, Transport) else list(transports)
         if not given or len({t.name for t in given}) != len(given):
             raise BadCall(f"an endpoint needs transports of different names, not {[t.name for t in given]}")
-        self.require = require
+        self.require, self.place = require, place
         self.rejected: list[Verdict] = []
         """Those that were open and are not used, with the reason."""
         self._all = list(given)
@@ -180,12 +182,30 @@ class Carriers:
                 hint="`tensorferry transports --why` shows what each transport finds on this machine",
                 transport=given[0].name,
             )
+        fit = self._taking(fit)
         self.transports = sorted(fit, key=lambda t: preference(t.name, t.path()))
         # Only one can say where the pool lies. The others register what it allocated.
         choosy = [t for t in self.transports if t.capabilities.allocates_targets]
         for other in choosy[1:]:
             self.reject(other, f"its targets have to be of its own making, and {choosy[0].name} comes first")
         self._allocator = choosy[0] if choosy else self.transports[0]
+
+    def _taking(self, fit: list[Transport]) -> list[Transport]:
+        """Those that take memory of the pool's kind. Raises ConfigError for none."""
+        kind = self.place.kind
+        able = [t for t in fit if kind in t.capabilities.memory_kinds]
+        for t in [t for t in fit if t not in able]:
+            reason = (
+                f"the pool lies on {self.place}, and it takes {'/'.join(sorted(t.capabilities.memory_kinds))} memory"
+            )
+            self.rejected.append(Verdict(t.name, t.path(), False, reason))
+        if not able:
+            told = "; ".join(f"{v.name}: {v.reason}" for v in self.rejected)
+            raise ConfigError(
+                f"pool_device is {self.place}, and no transport here takes {kind} memory: {told}",
+                hint="Leave it at cpu, and set destination_device. `tensorferry doctor` says what lacks (cuda_memory)",
+            )
+        return able
 
     @property
     def wakes(self) -> bool:
@@ -200,7 +220,7 @@ class Carriers:
     # ---- memory ------------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> Memory:
-        return self._allocator.allocate(nbytes)
+        return self._allocator.allocate(nbytes, *(() if self.place == HOST else self.place))
 
     def register(self, memory: Memory) -> dict[str, Region]:
         """With every transport. One that will not take it is not used any more, unless it is the only one left."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -53,11 +54,25 @@ def block_seed(receiver_inc: int, xfer: int, content_id: bytes, index: int) -> i
     return xxh3_64_intdigest(_POSITION.pack(receiver_inc, xfer, index) + content_id)
 
 
-def digest(components: Iterable[tuple[str, memoryview]], seed: int, mode: str) -> int:
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What `sampled` hashes of a component of `nbytes` bytes, taken where they lie: the first SAMPLE_BYTES of every
+    whole SAMPLE_PERIOD, and its end: what remains, or the last SAMPLE_BYTES."""
+
+    nbytes: int
+    content: memoryview
+
+
+def is_sampled(nbytes: int, mode: str) -> bool:
+    """Whether samples stand for a component of so many bytes in a block."""
+    return mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES
+
+
+def digest(components: Iterable[tuple[str, memoryview | Sample]], seed: int, mode: str) -> int:
     """The 64-bit digest of one block: `(name, bytes)` pairs in sorted order of names.
 
-    Pairs with the same name in a row are pieces of one component: how it is cut does not change the digest. Names
-    and lengths enter it. Raises ConfigError for an unknown mode.
+    Pairs with the same name in a row are pieces of one component: how it is cut does not change the digest. A Sample
+    stands for all of one. Names and lengths enter it. Raises ConfigError for an unknown mode.
     """
     if mode == "off":
         return 0
@@ -71,7 +86,12 @@ def digest(components: Iterable[tuple[str, memoryview]], seed: int, mode: str) -
             if last is not None:
                 _add(state, last, pieces, mode)
             last, pieces = name, []
-        pieces.append(piece)
+        if isinstance(piece, Sample):
+            state.update(_header(name, piece.nbytes))
+            state.update(piece.content)
+            last = None
+        else:
+            pieces.append(piece)
     if last is not None:
         _add(state, last, pieces, mode)
     return state.intdigest()
@@ -86,7 +106,7 @@ def _header(name: str, nbytes: int) -> bytes:
 def _add(state: xxh3_64, name: str, pieces: list[memoryview], mode: str) -> None:
     nbytes = sum(map(len, pieces))
     state.update(_header(name, nbytes))
-    if mode == "sampled" and nbytes >= SAMPLE_FROM_BYTES:
+    if is_sampled(nbytes, mode):
         pieces = [memoryview(_sample(pieces))]
     for piece in pieces:
         if len(piece) <= CHUNK_BYTES:

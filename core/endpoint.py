@@ -33,6 +33,7 @@ from tensorferry.core.errors import (
     InternalError,
 )
 from tensorferry.core.layout import Layout
+from tensorferry.core.memory import HOST, Place
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import IDLE_TICK, TICK, Watches, new_incarnation
 from tensorferry.core.transport import Transport
@@ -40,7 +41,7 @@ from tensorferry.core.transport import Transport
 log = logging.getLogger("tensorferry.endpoint")
 
 BUSY_POLL = 0.0002
-"""Seconds between polls of a transport that does not wake us while writes are under way."""
+"""Seconds between polls of a transport that does not wake us while writes are under way, and of a GPU that copies."""
 
 CLOSE_SECONDS = 1.0
 """How long `close` waits for peers to hear that it is over."""
@@ -64,6 +65,7 @@ class Endpoint:
         *,
         bind: str,
         name: str,
+        place: Place = HOST,
     ) -> None:
         self.layout = layout
         self.settings = settings
@@ -74,7 +76,7 @@ class Endpoint:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
         if re.search(m.PRINTABLE, self.name) is None:
             raise ConfigError(f"an endpoint's name cannot hold control characters: {self.name!r}")
-        self.carriers = Carriers(transports, require=settings.require)
+        self.carriers = Carriers(transports, require=settings.require, place=place)
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a caller may never poll
@@ -106,6 +108,11 @@ class Endpoint:
         """Look after the transport; True while something is under way there."""
         raise NotImplementedError
 
+    @property
+    def _copies(self) -> bool:
+        """A GPU is at work for us: it has to be asked how far it is, for it does not wake us."""
+        raise NotImplementedError
+
     def _tick(self, now: float) -> bool:
         """Timers; True while anything is live."""
         raise NotImplementedError
@@ -132,7 +139,7 @@ class Endpoint:
             while True:
                 if self._commands:
                     timeout = 0.0
-                elif busy and not self.carriers.wakes:
+                elif busy and (self._copies or not self.carriers.wakes):
                     timeout = BUSY_POLL
                 else:
                     timeout = TICK if live or deadline is not None else IDLE_TICK

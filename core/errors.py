@@ -19,7 +19,7 @@ class Fault(StrEnum):
     CALLER = "caller"  # an argument of this call, or the order of calls
     CONFIGURATION = "configuration"  # settings of one side, or a mismatch between the two
     PEER = "peer"  # the other process
-    TRANSPORT = "transport"  # the engine or the link under it
+    TRANSPORT = "transport"  # the engine, the link under it, or a GPU
     OURS = "ours"  # a defect in tensorferry: please report it
 
 
@@ -298,6 +298,13 @@ class Unsupported(TransportError):
     """The transport does not declare this capability."""
 
     code, fault, retryable = "unsupported", Fault.CALLER, False
+
+
+class DeviceError(FerryError):
+    """A GPU, or the library that drives it, refused an operation or failed it."""
+
+    code, fault = "device", Fault.TRANSPORT
+    default_hint = "`nvidia-smi` and the kernel's log (dmesg, NVRM and Xid) say more"
 
 
 class InternalError(FerryError):

@@ -6,14 +6,32 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tensorferry.core import effects as fx
 from tensorferry.core.buffers import Destination, Gathered, PoolBuffers
-from tensorferry.core.digest import block_seed
-from tensorferry.core.errors import FerryError, InternalError
+from tensorferry.core.copying import Reading, keep, outlive
+from tensorferry.core.digest import block_seed, digest
+from tensorferry.core.errors import DeviceError, FerryError, InternalError
 from tensorferry.core.receiver import ReceiverMachine
+from tensorferry.core.transfer import Facts
 
 log = logging.getLogger("tensorferry.receiver")
+
+
+@dataclass(slots=True)
+class Verifying:
+    """Blocks whose bytes are on their way to where they can be hashed. `facts`: as they were when the blocks came."""
+
+    xfer: int
+    items: list[tuple[int, int, int]]
+    facts: Facts
+    destination: Destination
+    reading: Reading
+
+    @property
+    def indices(self) -> list[int]:
+        return [index for index, _, _ in self.items]
 
 
 @dataclass(slots=True)
@@ -24,6 +42,9 @@ class Copying:
     indices: list[int]
     gathered: list[Gathered]
     destination: Destination
+
+
+W = TypeVar("W", Verifying, Copying)
 
 
 class Gatherer:
@@ -39,51 +60,69 @@ class Gatherer:
         self._buffers = buffers
         self._machine = machine
         self._do = do
+        self._verifying: deque[Verifying] = deque()  # both in the order in which the device was asked
         self._copying: deque[Copying] = deque()
 
     @property
     def busy(self) -> bool:
-        return bool(self._copying)
+        return bool(self._verifying or self._copying)
 
     def gather(self, g: fx.Gather) -> None:
         """Whatever fails here is this transfer's end; its blocks go the way of a wrong digest, so that none is lost."""
         try:
-            self._verify_and_copy(g)
-        except Exception as problem:
-            log.exception("gathering for room %d failed", self._machine.transfers[g.xfer].room)
-            pending = [index for index, _, _ in g.items if index in self._machine.transfers[g.xfer].gathering]
-            error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
-            self._do(self._machine.fail(g.xfer, error))
-            if pending:
-                self._do(self._machine.corrupt(g.xfer, pending))
+            self._begin(g)
+        except Exception as problem:  # noqa: BLE001 - logged there
+            self._give_up(g.xfer, [index for index, _, _ in g.items], problem)
 
-    def _verify_and_copy(self, g: fx.Gather) -> None:
+    def _give_up(self, xfer: int, indices: list[int], problem: Exception) -> None:
+        t = self._machine.transfers[xfer]
+        log.log(
+            logging.WARNING if isinstance(problem, DeviceError) else logging.ERROR,
+            "gathering for room %d failed: %s", t.room, problem, exc_info=not isinstance(problem, FerryError),
+        )  # fmt: skip
+        pending = [index for index in indices if index in t.gathering]
+        error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
+        self._do(self._machine.fail(xfer, error))
+        if pending:
+            self._do(self._machine.corrupt(xfer, pending))
+
+    def _begin(self, g: fx.Gather) -> None:
         """Flush, verify, copy (INT-3). Blocks whose digest is right are gathered together where they lie together."""
-        t = self._machine.transfers[g.xfer]
-        facts, destination = t.facts, self.destinations[g.xfer]
+        facts, destination = self._machine.transfers[g.xfer].facts, self.destinations[g.xfer]
         assert facts is not None
         for slab in {self._buffers.geometry.slab_of(block) for _, block, _ in g.items}:
             self._buffers.flush(slab)
-        names = destination.names
+        items = sorted(g.items)
+        pairs = ((index, block) for index, block, _ in items)
+        reading = self._buffers.read(pairs, facts.total, destination.names, facts.integrity)
+        self._verifying.append(Verifying(g.xfer, items, facts, destination, reading))
+        self.finish()
+
+    def _verify_and_copy(self, v: Verifying) -> None:
         good: list[tuple[int, int]] = []
         bad: list[int] = []
-        for index, block, digest in sorted(g.items):
-            seed = block_seed(self._machine.inc, g.xfer, facts.content_id, index)
-            if self._buffers.digest(block, index, facts.total, names, seed, facts.integrity) == digest:
+        for (index, block, said), content in zip(v.items, v.reading.blocks, strict=True):
+            seed = block_seed(self._machine.inc, v.xfer, v.facts.content_id, index)
+            if digest(content, seed, v.facts.integrity) == said:
                 good.append((index, block))
             else:
                 bad.append(index)
-        copying = Copying(g.xfer, [index for index, _ in good], [], destination)
-        for first_index, first_block, count in self._together(good):
-            copying.gathered.append(
-                self._buffers.gather_run(first_block, first_index, count, facts.total, names, destination)
-            )
-        if bad:
-            log.warning("room %d: blocks %s arrived with a wrong digest; they are sent again", t.room, bad)
-            self._do(self._machine.corrupt(g.xfer, bad))
+        copying = Copying(v.xfer, [index for index, _ in good], [], v.destination)
+        total, names = v.facts.total, v.destination.names
+        try:
+            for first_index, first_block, count in self._together(good):
+                copying.gathered.append(
+                    self._buffers.gather_run(first_block, first_index, count, total, names, v.destination)
+                )
+            if bad:
+                room = self._machine.transfers[v.xfer].room
+                log.warning("room %d: blocks %s arrived with a wrong digest; they are sent again", room, bad)
+                self._do(self._machine.corrupt(v.xfer, bad))
+        except Exception:
+            keep(copying.gathered)
+            raise
         if good:
             self._copying.append(copying)
-            self.finish()
 
     def _together(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """(first index, first block, count) of runs that are adjacent on both sides and lie in one slab."""
@@ -99,7 +138,29 @@ class Gatherer:
         return runs
 
     def finish(self) -> None:
-        """Blocks are free when the copy is over, not when it was started (GR-7)."""
-        while self._copying and all(g.finished() for g in self._copying[0].gathered):
+        """Go on where the device is done. Blocks are free when the copy is over, not when it was started (GR-7)."""
+        while self._verifying and self._is_over(self._verifying, lambda v: v.reading.finished()):
+            verified = self._verifying.popleft()
+            try:
+                self._verify_and_copy(verified)
+            except Exception as problem:  # noqa: BLE001 - logged there
+                self._give_up(verified.xfer, verified.indices, problem)
+        while self._copying and self._is_over(self._copying, lambda c: all(g.finished() for g in c.gathered)):
             done = self._copying.popleft()
             self._do(self._machine.gathered(done.xfer, done.indices))
+
+    def _is_over(self, line: deque[W], over: Callable[[W], bool]) -> bool:
+        """The first in line is. What failed instead leaves the line and ends its transfer."""
+        try:
+            return over(line[0])
+        except DeviceError as problem:
+            failed = line.popleft()
+            self._give_up(failed.xfer, failed.indices, problem)
+            return False
+
+    def close(self) -> None:
+        """Nothing more is gathered. What the device still copies holds its memory until it is over."""
+        outlive([*(v.reading for v in self._verifying), *(g for c in self._copying for g in c.gathered)])
+        self._verifying.clear()
+        self._copying.clear()
+        self.destinations.clear()

@@ -187,15 +187,16 @@ class ReceiveTransfer(Transfer):
 
     def result(self, timeout: float | None = 0) -> Result:
         """The tensors: one `[total_tokens, *shape]` per component, None for an absent one, and `aux`. They are the
-        caller's alone. Raises the transfer's error, or DeadlineExceeded if it is not done within `timeout` seconds
-        (None: wait)."""
+        caller's alone; on a GPU they are complete, and the calling thread's current stream may use them at once (for
+        another stream, `record_stream`). Raises the transfer's error, or DeadlineExceeded if it is not done within
+        `timeout` seconds (None: wait)."""
         self.wait(timeout)
         assert self._result is not None
-        return self._result
+        return self._result._claimed()
 
     def _outcome(self) -> Any:
         super()._outcome()
-        return self._result
+        return self._result._claimed() if self._result is not None else None
 
     def rows(self, timeout: float | None = None) -> Iterator[tuple[int, int, Mapping[str, torch.Tensor]]]:
         """(start, stop, views of the rows [start, stop) by component) as they arrive, in order, each row once.

@@ -8,6 +8,7 @@ import mmap
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # One ctypes type for views of any length, cut to size at once: a new array type per length would cost 10 us and a
 # reference cycle each. An instance is two words; nothing of this length is ever allocated or touched.
@@ -17,9 +18,22 @@ COPY_CHUNK = 1 << 20
 HUGE_PAGE = 2 << 20
 
 
+class Place(NamedTuple):
+    """Where memory lies: its kind, and which device of that kind."""
+
+    kind: str
+    device: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self == HOST else f"{self.kind}:{self.device}"
+
+
+HOST = Place("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`nbytes` bytes at `address`, of `kind` "cpu" or "cuda".
+    """`nbytes` bytes at `address`, of `kind` "cpu" or "cuda"; `device` is which one of its kind, as CUDA counts them.
 
     `owner` is whatever object must live for the address to stay valid (a tensor, an mmap); holding this Memory holds
     it. Equality and hash ignore the owner.
@@ -29,6 +43,11 @@ class Memory:
     nbytes: int
     kind: str = "cpu"
     owner: object = field(default=None, compare=False, repr=False)
+    device: int = 0
+
+    @property
+    def place(self) -> Place:
+        return Place(self.kind, self.device)
 
     def view(self, offset: int = 0, nbytes: int | None = None) -> memoryview:
         """A writable view of host memory as bytes; raises ValueError outside it, TypeError where kind is not cpu.

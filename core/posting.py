@@ -1,7 +1,10 @@
 """How grants become posts: cut, staged, hashed, handed to the transport, watched to their end.
 
 A receiver that takes nothing holds up no other, an error is the error of the write that it met, and staging is taken
-when a post can start and given back when it has drained.
+when a post can start and given back when it has drained. Rows that a GPU copies to the staging are posted when the GPU
+says that they are there; until then their part is being prepared.
+
+Long because the whole way of a grant through the sender is one story.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tensorferry.core import effects as fx
-from tensorferry.core.carriers import Carriers, Reach
+from tensorferry.core.carriers import Carriers, Lane, Reach
+from tensorferry.core.copying import HOST_DEVICE, Copying, Device, Reading, outlive
+from tensorferry.core.devices import between
 from tensorferry.core.digest import block_seed, digest
-from tensorferry.core.errors import FerryError, OutOfBounds, TransportError, UnknownInFlight
+from tensorferry.core.errors import DeviceError, FerryError, OutOfBounds, TransportError, UnknownInFlight
 from tensorferry.core.layout import Geometry, Layout, SlabPlan, slab_plan
-from tensorferry.core.memory import Memory, copy_bytes, host_memory
+from tensorferry.core.memory import HOST, Memory, Place, copy_bytes, host_memory
 from tensorferry.core.sender import SenderMachine
-from tensorferry.core.source import Source, write_plan
-from tensorferry.core.staging import Stage, Stagings
+from tensorferry.core.source import LocalCopy, Source, staged_views, write_plan
+from tensorferry.core.staging import Stage, Staging, Stagings
 from tensorferry.core.transport import Copy, RemoteRegion, Status, Transport
 
 log = logging.getLogger("tensorferry.sender")
@@ -55,6 +60,25 @@ class Outcome(Enum):
 
 
 @dataclass(slots=True)
+class Prepared:
+    """A part that is posted when `copying` is over, if it is still wanted and the way is still the same."""
+
+    part: Part
+    target: Target
+    lane: Lane
+    source: Source
+    staging: Staging
+    stage: Stage | None
+    rows: bool  # all of them pass through the stage
+    copies: list[LocalCopy]
+    copying: list[Copying]
+    content: Reading | None  # what is hashed; None: the caller's rows where they lie
+
+    def finished(self) -> bool:
+        return all(one.finished() for one in self.copying)
+
+
+@dataclass(slots=True)
 class Posted:
     part: Part
     transport: Transport
@@ -62,6 +86,7 @@ class Posted:
     stage: Stage | None
     read: bool  # the caller's rows are not read any more: they were copied to the stage, or sent
     digests: dict[int, int]
+    staging: Staging
     unknown: bool = False
     mute: bool = False  # its transport cannot say whether the source is free, and that was logged
 
@@ -87,7 +112,6 @@ class Poster:
         *,
         staging: Stagings,
         block_size: int,
-        integrity: str,
     ) -> None:
         self.sources: dict[int, Source] = {}  # by serial, until nothing reads them
         self.targets: dict[int, Target] = {}  # by receiver incarnation
@@ -97,8 +121,10 @@ class Poster:
         self._machine = machine
         self._do = do
         self._block_size = block_size
-        self._integrity = integrity
+        self._devices: dict[Place, Device] = {HOST: HOST_DEVICE}  # by where rows lie
         self._lines: dict[int, deque[Part]] = {}  # by receiver: not posted yet
+        self._preparing: list[Prepared] = []
+        self._aside: list[tuple[list[Copying], Staging, Stage]] = []  # given back when nothing copies to it any more
         self._posted: dict[int, Posted] = {}  # in the order of posting
         self._posts = 0
         self._over: set[int] = set()  # serials of transfers that have ended, as long as their rows are held
@@ -115,7 +141,8 @@ class Poster:
         preferred = max(1, lane.transport.capabilities.preferred_post_bytes // max(1, block_bytes))
         line = self._lines.setdefault(write.receiver, deque())
         for index, block, count, generation in write.runs:
-            step = min(preferred, self.staging.max_blocks(self._plan(write.receiver, block), source.names))
+            plan = self._plan(write.receiver, block)
+            step = min(preferred, self.staging.max_blocks(plan, source.names, rows=source.place != HOST))
             for k in range(0, count, step):
                 line.append(Part(write, index + k, block + k, min(step, count - k), generation))
 
@@ -130,7 +157,10 @@ class Poster:
         """Wait no more for writes to a receiver that was lost. False where one of them may still read memory of ours,
         or is not known to be lost."""
         mine = {number: p for number, p in self._posted.items() if p.part.write.receiver == receiver}
-        if receiver in self._lines or any(not (p.unknown and p.read and p.stage is None) for p in mine.values()):
+        preparing = any(p.part.write.receiver == receiver for p in self._preparing)
+        if preparing or receiver in self._lines:
+            return False
+        if any(not (p.unknown and p.read and p.stage is None) for p in mine.values()):
             return False
         for number in mine:
             del self._posted[number]
@@ -148,6 +178,7 @@ class Poster:
     def _reads(self, serial: int) -> bool:
         """Rows of this transfer are being read, or will be."""
         waiting = any(part.write.serial == serial for line in self._lines.values() for part in line)
+        waiting = waiting or any(p.part.write.serial == serial for p in self._preparing)
         return waiting or any(
             posted.part.write.serial == serial and not posted.read for posted in self._posted.values()
         )
@@ -155,18 +186,77 @@ class Poster:
     @property
     def busy(self) -> bool:
         """A post is under way, its outcome unknown, or waits for its turn."""
-        return bool(self._posted or self._lines)
+        return bool(self._posted or self._lines or self.copies)
+
+    @property
+    def copies(self) -> bool:
+        """A GPU copies rows for posts to come."""
+        return bool(self._preparing or self._aside)
 
     def progress(self) -> bool:
         """Report what has finished, then post what is in line. True while something is under way."""
         for number, posted in list(self._posted.items()):
             self._look(number, posted)
+        if self.copies:
+            self._go_on()
         self._post_all()
-        return bool(self._posted)
+        return bool(self._posted or self.copies)
+
+    def close(self) -> None:
+        """Nothing more is posted. What a GPU still copies holds its memory until it is over."""
+        left = [*(p.copying for p in self._preparing), *(copying for copying, _, _ in self._aside)]
+        outlive([one for copying in left for one in copying])
+        self._preparing.clear()
+        self._aside.clear()
+
+    def _go_on(self) -> None:
+        """Post what was prepared, and give back the staging of what never will be."""
+        for prepared in list(self._preparing):
+            try:
+                if not prepared.finished():
+                    continue
+            except DeviceError as problem:
+                self._preparing.remove(prepared)
+                self._give_back(prepared.copying, prepared.staging, prepared.stage)
+                self._refuse(prepared.part, None, problem)
+                continue
+            self._preparing.remove(prepared)
+            self._resume(prepared)
+        self._aside, aside = [], self._aside
+        for copying, staging, stage in aside:
+            self._give_back(copying, staging, stage)
+
+    def _resume(self, prepared: Prepared) -> None:
+        """Its rows are in place. What has changed meanwhile? Not wanted any more: it never will be. Another way, other
+        slabs: all over again."""
+        part, receiver = prepared.part, prepared.part.write.receiver
+        wanted, target = self._machine.wants(part.write.write), self.targets.get(receiver)
+        if wanted and target is prepared.target and target.reach.lane is prepared.lane:
+            self._send(prepared)
+            return
+        self._give_back(prepared.copying, prepared.staging, prepared.stage)
+        if wanted:
+            self._lines.setdefault(receiver, deque()).appendleft(part)
+        else:
+            self._do(self._machine.write_drained(part.write.write, set(part.indices)))
+
+    def _give_back(self, copying: list[Copying], staging: Staging, stage: Stage | None) -> None:
+        """A stage whose rows are not going to be posted: now, or when nothing copies to it any more."""
+        if stage is None:
+            return
+        try:
+            over = all(one.finished() for one in copying)
+        except DeviceError:  # then nothing runs there
+            over = True
+        if over:
+            staging.give(stage)
+        else:
+            self._aside.append((copying, staging, stage))
 
     def _post_all(self) -> None:
         """Post what is in line, one part of each receiver in turn: a receiver that takes nothing holds up no other."""
         under_way = Counter(p.part.write.receiver for p in self._posted.values() if not p.unknown)
+        under_way.update(p.part.write.receiver for p in self._preparing)
         ready = deque(receiver for receiver, line in self._lines.items() if line)
         while ready:
             receiver = ready.popleft()
@@ -188,48 +278,98 @@ class Poster:
         if not self._machine.wants(write.write):  # revoked before it was posted: it never will be
             self._do(self._machine.write_drained(write.write, set(part.indices)))
             return Outcome.OVER
-        stage: Stage | None = None
         target = self.targets.get(write.receiver)
         try:
-            if target is None:
-                raise TransportError("the receiver cannot be reached any more")
-            source, lane = self.sources[write.serial], target.reach.lane
-            if lane.barred is not None:
-                raise lane.barred
-            transport, staging = lane.transport, self.staging.of(lane.transport)
-            plan = self._plan(write.receiver, part.block)
-            needed = plan.stage_bytes(source.names, part.count, rows=staging.holds_rows)
-            if needed:
-                stage = staging.take(needed)
-                if stage is None:
-                    return Outcome.NO_STAGE
-            slab = target.geometry.slab_of(part.block)
-            inside = part.block - target.geometry.slab_blocks(slab).start
-            if target.generations[slab] != part.generation:
-                raise OutOfBounds(f"slab {slab} of the receiver has other memory by now")
-            remote = RemoteRegion(*lane.regions[slab])
-            copies = [
-                Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes)
-                for c in write_plan(source, plan, part.index, inside, part.count, stage)
-            ]
+            prepared = self._prepare(part, target)
+            if prepared is None:
+                return Outcome.NO_STAGE
+            if prepared.content is not None:  # a GPU copies: it has only begun
+                self._preparing.append(prepared)
+                return Outcome.POSTED
+        except Exception as problem:  # noqa: BLE001 - no byte has moved; it is this write's error and nobody else's
+            return self._refuse(part, target, problem)
+        return self._send(prepared)
+
+    def _prepare(self, part: Part, target: Target | None) -> Prepared | None:
+        """Bring the rows to where they can be written from: at once on the host, and by a GPU when it says so. None:
+        has to wait for staging."""
+        write = part.write
+        if target is None:
+            raise TransportError("the receiver cannot be reached any more")
+        source, lane = self.sources[write.serial], target.reach.lane
+        if lane.barred is not None:
+            raise lane.barred
+        slab = target.geometry.slab_of(part.block)
+        if target.generations[slab] != part.generation:
+            raise OutOfBounds(f"slab {slab} of the receiver has other memory by now")
+        plan = self._plan(write.receiver, part.block)
+        staging, rows = self.staging.choose(lane.transport, source.place)
+        if source.place != HOST and not rows:  # they cannot be joined later
+            rows = self._spans(source, part) > lane.transport.capabilities.max_copies
+        needed = plan.stage_bytes(source.names, part.count, rows=rows)
+        stage = staging.take(needed) if needed else None
+        if needed and stage is None:
+            return None
+        inside = part.block - target.geometry.slab_blocks(slab).start
+        copying: list[Copying] = []
+        content = None
+        try:
+            device = self._device(source.place)
+            copying.append(batch := device.batch())
+            with batch:
+                copies = write_plan(
+                    source, plan, part.index, inside, part.count, stage, rows=rows, device=device, batch=batch
+                )
+            if device is not HOST_DEVICE:
+                if rows and stage is not None:
+                    blocks = staged_views(source, plan, part.index, part.count, stage, device)
+                else:
+                    blocks = [list(source.block_views(index, self._block_size, device)) for index in part.indices]
+                copying.append(content := device.read(blocks, source.integrity))
+        except Exception:
+            self._give_back(copying, staging, stage)
+            raise
+        return Prepared(part, target, lane, source, staging, stage, rows, copies, copying, content)
+
+    def _device(self, place: Place) -> Device:
+        if place not in self._devices:
+            self._devices[place] = between(HOST, place)
+        return self._devices[place]
+
+    def _spans(self, source: Source, part: Part) -> int:
+        start, stop = part.index * self._block_size, (part.index + part.count) * self._block_size
+        return 1 + sum(len(source.spans(name, start, min(stop, source.total_tokens))) for name in source.names)
+
+    def _send(self, prepared: Prepared) -> Outcome:
+        """Post what lies ready."""
+        part, target, lane, stage = prepared.part, prepared.target, prepared.lane, prepared.stage
+        transport = lane.transport
+        try:
+            remote = RemoteRegion(*lane.regions[target.geometry.slab_of(part.block)])
+            copies = [Copy(c.local, c.local_offset, remote, c.slab_offset, c.nbytes) for c in prepared.copies]
             if len(copies) > transport.capabilities.max_copies:
                 copies = joined(copies)
-            digests = {index: self._digest(source, write, index) for index in part.indices}
+            digests = self._digests(prepared)
             handle = transport.post(lane.peer, copies)
         except Exception as problem:  # noqa: BLE001 - refused before any byte moved; it is this write's error and nobody else's
-            if stage is not None:
-                staging.give(stage)
-            log.log(logging.DEBUG if isinstance(problem, FerryError) else logging.ERROR, "post refused: %r", problem)
-            error = problem if isinstance(problem, TransportError) else TransportError(f"a post was refused: {problem}")
-            if target is not None and not isinstance(problem, OutOfBounds):  # which is about the place, not the way
-                self._went_wrong(write, self._posts + 1, target.reach.lane.transport, str(error.cause))
-            self._do(self._machine.write_failed(write.write, set(part.indices), error))
-            return Outcome.OVER
+            self._give_back(prepared.copying, prepared.staging, stage)
+            return self._refuse(part, target, problem)
         self._posts += 1
-        self._posted[self._posts] = Posted(
-            part, transport, handle, stage, stage is not None and stage.holds_rows, digests
-        )
+        read = stage is not None and prepared.rows
+        self._posted[self._posts] = Posted(part, transport, handle, stage, read, digests, prepared.staging)
         return Outcome.POSTED
+
+    def _refuse(self, part: Part, target: Target | None, problem: Exception) -> Outcome:
+        write = part.write
+        log.log(logging.DEBUG if isinstance(problem, FerryError) else logging.ERROR, "post refused: %r", problem)
+        if isinstance(problem, DeviceError):  # the rows cannot be read: by no way, and not the next time either
+            self._do(self._machine.cancel(write.serial, problem))
+        error = problem if isinstance(problem, TransportError) else TransportError(f"a post was refused: {problem}")
+        # An error of place is about the place, one of a device about the rows, and neither about the way.
+        if target is not None and not isinstance(problem, OutOfBounds | DeviceError):
+            self._went_wrong(write, self._posts + 1, target.reach.lane.transport, str(error.cause))
+        self._do(self._machine.write_failed(write.write, set(part.indices), error))
+        return Outcome.OVER
 
     def _went_wrong(self, write: fx.PostWrite, number: int, transport: Transport, reason: str) -> None:
         """Count a failure of the transport in use; after a few in a row, the next one carries (a new epoch begins
@@ -262,9 +402,15 @@ class Poster:
         self._do(self._machine.connected(write.receiver, left, via=reach.lane.transport.name))
         return True
 
-    def _digest(self, source: Source, write: fx.PostWrite, index: int) -> int:
-        seed = block_seed(write.receiver, write.xfer, write.content_id, index)
-        return digest(source.block_views(index, self._block_size), seed, self._integrity)
+    def _digests(self, prepared: Prepared) -> dict[int, int]:
+        write, source = prepared.part.write, prepared.source
+        found: dict[int, int] = {}
+        for k, index in enumerate(prepared.part.indices):
+            content = prepared.content
+            block = source.block_views(index, self._block_size) if content is None else content.blocks[k]
+            seed = block_seed(write.receiver, write.xfer, write.content_id, index)
+            found[index] = digest(block, seed, source.integrity)
+        return found
 
     def _look(self, number: int, posted: Posted) -> None:
         transport, handle = posted.transport, posted.handle
@@ -282,14 +428,14 @@ class Poster:
             if not posted.unknown:
                 posted.unknown = True
                 if posted.stage is not None and not drained:
-                    self.staging.of(transport).strand(posted.stage)
+                    posted.staging.strand(posted.stage)
                 error = UnknownInFlight("a write has an unknown outcome", transport=transport.name)
                 self._went_wrong(posted.part.write, number, transport, error.cause)
                 self._do(self._machine.write_unknown(write, error))
             if not drained and not (posted.read and posted.stage is None) and self._source_free(posted):
                 posted.read = True
                 if posted.stage is not None:
-                    self.staging.of(transport).give(posted.stage)
+                    posted.staging.give(posted.stage)
                     posted.stage = None
                 self._let_go(posted.part.write.serial)
             if drained:
@@ -324,7 +470,7 @@ class Poster:
         del self._posted[number]
         posted.transport.release(posted.handle)
         if posted.stage is not None:
-            self.staging.of(posted.transport).give(posted.stage)
+            posted.staging.give(posted.stage)
 
 
 def joined(copies: list[Copy]) -> list[Copy]:

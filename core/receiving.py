@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tensorferry.core import devices
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
-from tensorferry.core.allocator import BlockPool, Choose, lowest_runs
+from tensorferry.core.allocator import BlockPool, Choose, Tenant, lowest_runs
 from tensorferry.core.arguments import integer, text
 from tensorferry.core.buffers import Destination, PoolBuffers
 from tensorferry.core.carriers import Reach
@@ -99,12 +100,15 @@ class Receiver(Endpoint):
             self._check_poison(chosen)
             return chosen
 
-        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name)
+        pool = devices.place("pool_device", settings.pool_device)
+        self._destination = devices.place("destination_device", settings.destination_device)
+        self._device = devices.between(pool, self._destination)
+        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name, place=pool)
         with self._undo as undo:
             self.leader_address = self._control.address if leads else group.leader
             if group.ranks > 1 and not group.leads and group.leader:
                 self._control.connect(group.leader)
-            self._buffers = PoolBuffers(self.carriers, layout, self.geometry, poison=poison)
+            self._buffers = PoolBuffers(self.carriers, layout, self.geometry, device=self._device, poison=poison)
             undo.callback(self._buffers.close)
             slabs = self.geometry.slab_count
             hello = m.Hello(
@@ -114,8 +118,8 @@ class Receiver(Endpoint):
                 offers=self.carriers.offers(self._buffers.regions()), revision=1, ack=0,
             )  # fmt: skip
             policy = receiver_policy(settings, layout, self.geometry)
-            pool = BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick)
-            self.machine = ReceiverMachine(hello, pool, policy, group)
+            blocks = BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick)
+            self.machine = ReceiverMachine(hello, blocks, policy, group)
             self._gatherer = Gatherer(self._buffers, self.machine, self._do)
             self._start()
 
@@ -191,6 +195,8 @@ class Receiver(Endpoint):
             self._show_way(route, message)
         elif isinstance(message, m.Done):
             self._check_path(message)
+        elif isinstance(message, m.Fenced):
+            self._settle(lambda t: (t.xfer, t.sender) == (message.xfer, message.src) and t.epoch <= message.upto)
         self._do(self.machine.on_message(route, message))
 
     def _show_way(self, route: str, announced: m.Announce) -> None:
@@ -253,7 +259,9 @@ class Receiver(Endpoint):
             if t.facts.integrity not in MODES:
                 raise ProtocolViolation(f"unknown integrity {t.facts.integrity!r}", room=t.room, peer=t.route)
             names = self.layout.present(t.facts.present)
-            self._gatherer.destinations[xfer] = Destination(self.layout, 0 if t.dummy else t.facts.total, names)
+            self._gatherer.destinations[xfer] = Destination(
+                self.layout, 0 if t.dummy else t.facts.total, names, device=self._device, place=self._destination
+            )
         except ValueError as problem:
             self._do(self.machine.fail(xfer, ProtocolViolation(str(problem), room=t.room, peer=t.route)))
         except FerryError as problem:
@@ -272,6 +280,13 @@ class Receiver(Endpoint):
         self._stuck_slabs.pop(slab, None)
         log.warning("slab %d was replaced: a lost peer may still write to its old memory", slab)
         self._do(self.machine.slab_replaced(slab, self.carriers.offers(self._buffers.regions())))
+
+    def _settle(self, ending: Callable[[Tenant], bool]) -> None:
+        """Blocks come out of quarantine: what their last writes placed has to be where it belongs before the next
+        tenant's writes follow, also where nobody is going to read it (INT-3)."""
+        late = [block for block, tenant in self.machine.pool.quarantined.items() if ending(tenant)]
+        for slab in {self.geometry.slab_of(block) for block in late}:
+            self._buffers.flush(slab)
 
     def _do(self, effects: Iterable[fx.Effect]) -> None:
         super()._do(effects)
@@ -328,6 +343,10 @@ class Receiver(Endpoint):
 
     def _progress(self) -> bool:
         self._gatherer.finish()
+        return self._gatherer.busy
+
+    @property
+    def _copies(self) -> bool:
         return self._gatherer.busy
 
     def _tick(self, now: float) -> bool:
@@ -430,6 +449,7 @@ class Receiver(Endpoint):
                 del self._known[inc]
                 known.reach.disconnect()
                 self._buffers.graveyard.exhume(inc)
+                self._settle(lambda t, inc=inc: t.sender == inc)  # type: ignore[misc]
                 self._do(self.machine.peer_gone(inc))
             elif inc not in current | waiting | bound and not self._buffers.graveyard.nbytes_of(inc):
                 del self._known[inc]
@@ -453,6 +473,6 @@ class Receiver(Endpoint):
     def _release(self) -> None:
         for transfer in list(self._transfers.values()):
             self._end(transfer, closed_error(transfer.room))
-        self._gatherer.destinations.clear()
+        self._gatherer.close()
         self._buffers.close()
         self.carriers.close()

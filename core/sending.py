@@ -21,17 +21,19 @@ from tensorferry.core.errors import (
     BadCall,
     BadTensor,
     DeadlineExceeded,
+    DeviceError,
     FerryError,
     PeerLost,
 )
 from tensorferry.core.handles import SendTransfer
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, slab_plan
+from tensorferry.core.memory import HOST
 from tensorferry.core.policy import SenderPolicy
 from tensorferry.core.posting import Poster, Target
 from tensorferry.core.sender import SenderMachine
 from tensorferry.core.sender_state import Slot
 from tensorferry.core.settings import Settings
-from tensorferry.core.source import Source
+from tensorferry.core.source import Source, on_a_gpu
 from tensorferry.core.staging import Stagings
 from tensorferry.core.transfer import Facts
 from tensorferry.core.transport import Transport
@@ -69,8 +71,8 @@ class Sender(Endpoint):
     ) -> None:
         super().__init__(layout, transports, settings, bind=bind, name=name)
         self.address = self._control.address
-        self.integrity = "full" if settings.integrity == "auto" else settings.integrity
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
+        self._arriving: dict[int, Source] = {}  # by serial: rows that a GPU is still computing
         self._heard: dict[int, float] = {}
         with self._undo as undo:
             staging = Stagings(self.carriers, settings.staging_bytes)
@@ -82,9 +84,8 @@ class Sender(Endpoint):
             )  # fmt: skip
             self.machine = SenderMachine(hello, SenderPolicy(max_rooms=settings.max_rooms))
             self._poster = Poster(
-                layout, self.carriers, self.machine, self._do, staging=staging,
-                block_size=settings.block_size, integrity=self.integrity,
-            )  # fmt: skip
+                layout, self.carriers, self.machine, self._do, staging=staging, block_size=settings.block_size
+            )
             self._start()
 
     # ---- what callers do ---------------------------------------------------------------------------------------
@@ -121,7 +122,8 @@ class Sender(Endpoint):
     ) -> SendTransfer:
         """Announce and put in one: the rows of every component, `[n, *shape]`; None or left out means absent.
 
-        Rows are read in place and must not change before the transfer's end. See `announce` for the rest.
+        Rows are read in place and must not change before the transfer's end. Rows on a GPU may still be computed, on
+        the calling thread's current stream. See `announce` for the rest.
         """
         given = {name: tensor for name, tensor in components.items() if tensor is not None}
         lengths = {name: int(tensor.shape[0]) if getattr(tensor, "ndim", 0) else 0 for name, tensor in given.items()}
@@ -149,26 +151,51 @@ class Sender(Endpoint):
         words = [source.total_tokens, integer(mrope_delta, "mrope_delta", lowest=INT64)]
         words += int64s(aux, "aux", AUX_WORDS - 2)
         packed = _AUX.pack(*words, *[0] * (AUX_WORDS - len(words)))
-        facts = Facts(source.total_tokens, content_id, self.layout.presence(source.names), packed, self.integrity)
-        plan = slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0)
-        self._poster.staging.max_blocks(plan, source.names)
+        source.integrity = self.settings.integrity
+        if source.integrity == "auto":  # hashing all of what lies on a GPU takes all of it through the host
+            source.integrity = "full" if source.place == HOST else "sampled"
+        facts = Facts(source.total_tokens, content_id, self.layout.presence(source.names), packed, source.integrity)
+        self._check_staging(source.names, rows=source.place != HOST)
         transfer = SendTransfer(self, room, source.total_tokens)
 
         def start() -> None:
             serial, effects = self.machine.offer(room, facts, source.ready)
             transfer._serial = serial
             self._transfers[serial], self._poster.sources[serial] = transfer, source
+            if source.arriving:
+                self._arriving[serial] = source
             self._do(effects)
 
         self._call(start)
         return transfer
 
+    def _check_staging(self, names: tuple[str, ...], *, rows: bool) -> None:
+        """Raises ConfigError where a block does not fit: it would wait for ever. `rows`: all of it passes through."""
+        plan = slab_plan(self.layout, Geometry(self.settings.block_size, 1, 1), 0)
+        self._poster.staging.max_blocks(plan, names, rows=rows)
+
     def _put(self, transfer: SendTransfer, start: int, components: Mapping[str, torch.Tensor | None]) -> None:
         source = self._poster.sources.get(transfer._serial)
         if source is None:
             raise transfer.error or BadCall("the transfer has ended", room=transfer.room)
+        if on_a_gpu(components.values()):
+            self._check_staging(source.names, rows=True)
         source.put(start, **components)
-        self._call(lambda: self._do(self.machine.extend(transfer._serial, source.ready)))
+        self._call(lambda: self._extend(transfer._serial, source))
+
+    def _extend(self, serial: int, source: Source) -> None:
+        """Tell how far the rows are ready; of those that a GPU still computes, again when they are (R3: nothing is
+        granted that would wait for it)."""
+        try:
+            self._do(self.machine.extend(serial, source.ready))
+        except DeviceError as problem:
+            self._arriving.pop(serial, None)
+            self._do(self.machine.cancel(serial, problem))
+            return
+        if source.arriving:
+            self._arriving[serial] = source
+        else:
+            self._arriving.pop(serial, None)
 
     def _cancel(self, transfer: SendTransfer, error: FerryError) -> None:
         if not transfer.done:
@@ -191,6 +218,7 @@ class Sender(Endpoint):
                 self._poster.release(serial)
             case fx.Ended(serial, error):
                 transfer = self._transfers.pop(serial)
+                self._arriving.pop(serial, None)
                 offer_status = "SUCCESS" if error is None else "FAILED"
                 transfer.error = error
                 transfer.status = type(transfer.status)(offer_status)
@@ -245,7 +273,13 @@ class Sender(Endpoint):
         self._do(self.machine.connected(hello.src, error, via))
 
     def _progress(self) -> bool:
-        return self._poster.progress()
+        for serial, source in list(self._arriving.items()):
+            self._guard(partial(self._extend, serial, source))
+        return self._poster.progress() or bool(self._arriving)
+
+    @property
+    def _copies(self) -> bool:
+        return self._poster.copies or bool(self._arriving)
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -347,6 +381,7 @@ class Sender(Endpoint):
         for transfer in list(self._transfers.values()):
             transfer.error, transfer.status = closed_error(transfer.room), type(transfer.status)("FAILED")
             self._publish(transfer)
+        self._poster.close()
         self._poster.staging.close()
         self.carriers.close()
         self._poster.sources.clear()  # not before: a transport may have been reading rows

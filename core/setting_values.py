@@ -123,6 +123,13 @@ def url(value: object) -> str:
     raise ValueError("must be a URL such as etcd://HOST:2379")
 
 
+def place(value: object) -> str:
+    """cpu, cuda, or cuda:N."""
+    if isinstance(value, str) and re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,3}))?", value.strip().lower()):
+        return value.strip().lower()
+    raise ValueError("must be cpu, cuda, or cuda:N for the GPU of that number")
+
+
 def did_you_mean(given: object, known: tuple[str, ...]) -> str:
     """`; did you mean X?` for the nearest of `known`, or nothing."""
     text = str(given)

@@ -127,6 +127,20 @@ class Settings:
         source="The earlier deployments' default: 64 blocks of 128 tokens hold just one first grant.",
         aliases=("SGLANG_EMBEDDING_CACHE_BUFFER_SIZE",),
     )
+    pool_device: str = _setting(
+        "cpu",
+        values.place,
+        "Where the language side's pool lies: `cpu`, or `cuda` (`cuda:1`) for memory of a GPU, which takes an engine "
+        "that writes there (docs/cuda.md).",
+        source="Every transport can write to host memory.",
+    )
+    destination_device: str = _setting(
+        "cpu",
+        values.place,
+        "Where the language side's results lie: `cpu`, `cuda` (the device that is current when the endpoint is made), "
+        "`cuda:N`. Rows are copied there on a stream of their own, from a pool of either kind.",
+        source="What a caller without a GPU expects.",
+    )
     first_grant_mode: str = _setting(
         "optimistic",
         values.one_of("optimistic", "announced"),
@@ -145,8 +159,8 @@ class Settings:
     destination_budget: int = _setting(
         4 << 30,
         values.byte_count,
-        "Memory for results that are still arriving. A transfer reserves its share when its length is known and gives "
-        "it back at its end; one that could never fit fails with `too_large`.",
+        "Memory for results that are still arriving, the host's or a GPU's. A transfer reserves its share when its "
+        "length is known and gives it back at its end; one that could never fit fails with `too_large`.",
         unit="bytes",
         source="Eleven transfers of 50,000 tokens at hidden size 3584 in bfloat16 (359 MB each).",
     )
@@ -167,8 +181,8 @@ class Settings:
     integrity: str = _setting(
         "auto",
         values.one_of("auto", "full", "sampled", "off"),
-        "What is hashed of each block before its rows count as arrived. `auto`: `full` in host memory, `sampled` over "
-        "RDMA and for GPU memory.",
+        "What is hashed of each block before its rows count as arrived. `auto`: `full`, and `sampled` where `send` is "
+        "given rows in GPU memory.",
         source="xxh3 reads 29 GB/s on one core, well above a 100 Gb/s link; sampling costs a fifth of that.",
     )
     transfer_deadline: float = _setting(

@@ -2,13 +2,15 @@
 
 Rows arrive in pieces (`put`), in order, and stay where the caller made them. Only a tensor that is not contiguous is
 copied, once. The caller must not change the rows before the transfer has ended: they are read when they are granted,
-and again after a failure.
+and again after a failure. Rows on a GPU may still be computed when they are put: they are ready when the stream that
+was the caller's then has come so far.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -16,13 +18,16 @@ from math import prod
 import torch
 
 from tensorferry.core.arguments import INT64, integer
-from tensorferry.core.errors import BadCall, BadTensor, Unsupported
+from tensorferry.core.copying import HOST_DEVICE, OVER, Batch, Copying, Device, View
+from tensorferry.core.devices import RUNTIMES, Arriving, place_of
+from tensorferry.core.errors import BadCall, BadTensor
 from tensorferry.core.layout import Component, Layout, SlabPlan, align
-from tensorferry.core.memory import Memory, copy_bytes
+from tensorferry.core.memory import HOST, Memory
 from tensorferry.core.staging import ALIGNMENT, Stage
 from tensorferry.core.transport import Region
 
-HOST = frozenset({"cpu"})
+KINDS = frozenset({HOST.kind, *RUNTIMES})
+"""Memory that rows may lie in. What a transport cannot read from there is staged."""
 
 Span = tuple[Memory, int, int]
 """`nbytes` bytes from `offset` in a memory: (memory, offset, nbytes)."""
@@ -41,13 +46,13 @@ class LocalCopy:
 class Source:
     """The rows of one transfer of `total_tokens` tokens, with the components `present`.
 
-    `kinds`: memory that the transport can read from, "cpu" or "cuda". `put` may be called from other threads than
-    everything else, and of two that put at the same token one is refused. Raises BadTensor for names that the layout
-    does not have, or that it needs and are not there.
+    `kinds`: memory that rows may lie in. `integrity`: how their blocks are hashed, once that is settled. `put` may be
+    called from other threads than everything else, and of two that put at the same token one is refused. Raises
+    BadTensor for names that the layout does not have, or that it needs and are not there.
     """
 
     def __init__(
-        self, layout: Layout, total_tokens: int, present: Iterable[str], *, kinds: frozenset[str] = HOST
+        self, layout: Layout, total_tokens: int, present: Iterable[str], *, kinds: frozenset[str] = KINDS
     ) -> None:
         given = set(present)
         unknown = sorted(name for name in given if name not in layout)
@@ -62,20 +67,35 @@ class Source:
         self.total_tokens = integer(total_tokens, "total_tokens", bits=48)
         self.names = tuple(name for name in layout.names if name in given)
         self.kinds = kinds
+        self.place = HOST
+        """Where rows lie that are not in host memory; HOST where all are."""
+        self.integrity = ""
         self._starts: list[int] = []  # first token of each piece
         self._pieces: dict[str, list[Memory]] = {name: [] for name in self.names}
-        self._views: dict[tuple[str, int], memoryview] = {}
+        self._views: dict[tuple[Device, str, int], View] = {}
+        self._given = 0
         self._ready = 0
+        self._arriving: deque[tuple[int, Copying]] = deque()  # tokens that are ready when it is finished
         self._released = False
         self._putting = threading.Lock()
 
     @property
     def ready(self) -> int:
-        """Tokens that can be read: all before this one."""
+        """Tokens that can be read: all before this one. Raises DeviceError where a GPU failed to compute more."""
+        if self._arriving:
+            with self._putting:
+                while self._arriving and self._arriving[0][1].finished():
+                    self._ready = self._arriving.popleft()[0]
         return self._ready
 
+    @property
+    def arriving(self) -> bool:
+        """More was put than is ready: ask again."""
+        return bool(self._arriving)
+
     def put(self, start: int, /, **tensors: torch.Tensor | None) -> None:
-        """Append rows: the tensors' first row is token `start`, which must be `ready`; None counts as not given.
+        """Append rows: the tensors' first row is token `start`, the next after all that were put; None counts as not
+        given.
 
         Each present component is needed, `[n, *shape]` of its dtype, all with the same n (0 changes nothing). Rows
         are not copied and must not change until the transfer's end. Raises BadCall for the wrong `start`, too many
@@ -103,23 +123,32 @@ class Source:
             raise BadCall(f"{count} rows at token {start} go beyond the {self.total_tokens} announced")
         if count == 0:
             return
-        pieces = {
-            name: Memory(tensor.data_ptr(), count * self.layout[name].token_bytes, tensor.device.type, tensor)
-            for name, tensor in rows.items()
-        }
+        pieces = {}
+        for name, tensor in rows.items():
+            kind, device = place_of(tensor)
+            nbytes = count * self.layout[name].token_bytes
+            pieces[name] = Memory(tensor.data_ptr(), nbytes, kind, tensor, device)
+        away = {memory.place for memory in pieces.values()} - {HOST}
+        computed = Arriving(away) if away else OVER
         with self._putting:  # held for an instant: `release` needs it, in the I/O thread
             self._check_next(start)
             for name, memory in pieces.items():
                 self._pieces[name].append(memory)
             self._starts.append(start)
-            self._ready = start + count  # last: another thread may read what lies before it from here on
+            self._given = start + count
+            if away and self.place == HOST:
+                self.place = min(away)
+            if away or self._arriving:
+                self._arriving.append((self._given, computed))
+            else:
+                self._ready = self._given  # last: another thread may read what lies before it from here on
 
     def _check_next(self, start: int) -> None:
         if self._released:
             raise BadCall("put after the transfer has ended")
-        if start != self._ready:
+        if start != self._given:
             raise BadCall(
-                f"put at token {start}, but the next token is {self._ready}", hint="Put rows in order, without gaps"
+                f"put at token {start}, but the next token is {self._given}", hint="Put rows in order, without gaps"
             )
 
     def spans(self, name: str, start: int, stop: int) -> list[Span]:
@@ -129,17 +158,19 @@ class Source:
         """
         return [(self._pieces[name][piece], offset, nbytes) for piece, offset, nbytes in self._cut(name, start, stop)]
 
-    def block_views(self, index: int, block_size: int) -> Iterator[tuple[str, memoryview]]:
-        """The valid rows of block `index` as `digest` wants them: (name, bytes), sorted by name, split by piece."""
+    def block_views(self, index: int, block_size: int, device: Device = HOST_DEVICE) -> Iterator[tuple[str, View]]:
+        """The valid rows of block `index` as `digest` wants them: (name, bytes), sorted by name, split by piece; as
+        `device` reads them."""
         start = index * block_size
         stop = min(start + block_size, self.total_tokens)
         for name in self.names:
-            yield from ((name, view) for view in self._rows(name, start, stop))
+            yield from ((name, view) for view in self._rows(device, name, start, stop))
 
     def release(self) -> None:
         """Drop the references to the caller's tensors. Spans handed out before keep theirs. Idempotent."""
         with self._putting:
             self._released = True
+            self._arriving.clear()
             self._views.clear()
             for pieces in self._pieces.values():
                 pieces.clear()
@@ -154,45 +185,61 @@ class Source:
         piece = bisect_right(self._starts, start) - 1
         while start < stop:
             first = self._starts[piece]
-            end = min(stop, self._starts[piece + 1] if piece + 1 < len(self._starts) else self._ready)
+            end = min(stop, self._starts[piece + 1] if piece + 1 < len(self._starts) else self._given)
             yield piece, (start - first) * token_bytes, (end - start) * token_bytes
             start, piece = end, piece + 1
 
-    def _rows(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+    def _rows(self, device: Device, name: str, start: int, stop: int) -> Iterator[View]:
         for piece, offset, nbytes in self._cut(name, start, stop):
-            key = name, piece
+            key = device, name, piece
             if key not in self._views:
-                self._views[key] = _host(self._pieces[name][piece]).view()
+                self._views[key] = device.view(self._pieces[name][piece])
             yield self._views[key][offset : offset + nbytes]
 
-    def copy_rows(self, name: str, start: int, stop: int, target: memoryview) -> None:
+    def copy_rows(self, batch: Batch, device: Device, name: str, start: int, stop: int, target: View) -> None:
         """Copy the rows of tokens [start, stop) of one component to the beginning of `target`."""
         cursor = 0
-        for view in self._rows(name, start, stop):
-            copy_bytes(target[cursor : cursor + len(view)], view)
+        for view in self._rows(device, name, start, stop):
+            batch.copy(target[cursor : cursor + len(view)], view)
             cursor += len(view)
 
-    def scatter_rows(self, name: str, start: int, stop: int, size: int, target: memoryview, stride: int) -> None:
+    def scatter_rows(
+        self, batch: Batch, device: Device, name: str, start: int, stop: int, size: int, target: View, stride: int
+    ) -> None:
         """Copy the rows of tokens [start, stop) of one component to `target`, `size` tokens every `stride` bytes."""
-        pieces = list(self._rows(name, start, stop))
-        rows = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         step = size * self.layout[name].token_bytes
-        for k, cursor in enumerate(range(0, len(rows), step)):
-            part = rows[cursor : cursor + step]
-            target[k * stride : k * stride + len(part)] = part
+        done = 0
+        for rows in self._rows(device, name, start, stop):
+            cursor, length = 0, len(rows)
+            while cursor < length:
+                block, inside = divmod(done + cursor, step)
+                nbytes = min(step - inside, length - cursor)
+                place = block * stride + inside
+                batch.copy(target[place : place + nbytes], rows[cursor : cursor + nbytes])
+                cursor += nbytes
+            done += length
 
 
 def write_plan(
-    source: Source, plan: SlabPlan, first_index: int, first_slab_block: int, count: int, stage: Stage | None
+    source: Source,
+    plan: SlabPlan,
+    first_index: int,
+    first_slab_block: int,
+    count: int,
+    stage: Stage | None,
+    *,
+    rows: bool | None = None,
+    device: Device = HOST_DEVICE,
+    batch: Batch | None = None,
 ) -> list[LocalCopy]:
     """The copies that write blocks [first_index, first_index + count) of a transfer to adjacent blocks of a slab.
 
     `first_slab_block` counts from the slab's first block. Large components go straight from the caller's rows, one
-    copy per span; or, with a stage in registered memory, through it, one copy per component. Packed ones go through
-    the stage as one copy of whole strides, zeros in the gaps and behind the last token. `stage` needs
-    `plan.stage_bytes(source.names, count, ...)` bytes and may be None where that is 0. Rows are copied to the stage
-    before this returns. Raises BadCall for blocks outside the slab or the transfer, rows that are not ready, or a
-    stage that is too short.
+    copy per span; or, with `rows` (by default: where the stage is registered memory), through the stage, one copy per
+    component. Packed ones go through the stage as one copy of whole strides, zeros in the gaps and behind the last
+    token. `stage` needs `plan.stage_bytes(source.names, count, ...)` bytes and may be None where that is 0. Rows are
+    copied to the stage by `device`, in `batch`: before its end by the host, and when it says so by a GPU. Raises
+    BadCall for blocks outside the slab or the transfer, rows that are not ready, or a stage that is too short.
     """
     size = plan.block_size
     start, stop = first_index * size, min((first_index + count) * size, source.total_tokens)
@@ -200,20 +247,21 @@ def write_plan(
         raise BadCall(f"blocks {first_index} to {first_index + count - 1} are not in {source.total_tokens} tokens")
     if not 0 <= first_slab_block <= plan.blocks - count:
         raise BadCall(f"{count} blocks from {first_slab_block} do not fit into a slab of {plan.blocks}")
-    through = stage is not None and stage.holds_rows
+    through = stage is not None and (stage.holds_rows if rows is None else rows)
     needed = plan.stage_bytes(source.names, count, rows=through)
     if needed > (stage.nbytes if stage is not None else 0):
         raise BadCall(f"{count} blocks need {needed} bytes of staging")
+    batch = device.batch() if batch is None else batch
     copies: list[LocalCopy] = []
-    room = stage.view() if stage is not None and needed else memoryview(b"")
+    room = stage.view(device) if stage is not None and needed else memoryview(b"")
     cursor = 0
     packed = [name for name in source.names if plan.areas[name].packed]
     if packed and stage is not None:
         nbytes = count * plan.packed_stride
-        room[:nbytes] = bytes(nbytes)
+        batch.zero(room[:nbytes])
         for name in packed:
             inside = plan.areas[name].start - plan.packed_start
-            source.scatter_rows(name, start, stop, size, room[inside:nbytes], plan.packed_stride)
+            source.scatter_rows(batch, device, name, start, stop, size, room[inside:nbytes], plan.packed_stride)
         slab_offset = plan.packed_start + first_slab_block * plan.packed_stride
         copies.append(LocalCopy(stage.local, stage.offset, slab_offset, nbytes))
         cursor = nbytes
@@ -224,7 +272,7 @@ def write_plan(
         slab_offset = area.at(first_slab_block)
         if through and stage is not None:
             nbytes = (stop - start) * area.component.token_bytes
-            source.copy_rows(name, start, stop, room[cursor:])
+            source.copy_rows(batch, device, name, start, stop, room[cursor : cursor + nbytes])
             copies.append(LocalCopy(stage.local, stage.offset + cursor, slab_offset, nbytes))
             cursor += align(nbytes, ALIGNMENT)
             continue
@@ -234,10 +282,29 @@ def write_plan(
     return copies
 
 
-def _host(memory: Memory) -> Memory:
-    if memory.kind != "cpu":
-        raise Unsupported(f"rows in {memory.kind} memory cannot be read by the host", hint="Put tensors in host memory")
-    return memory
+def staged_views(
+    source: Source, plan: SlabPlan, first_index: int, count: int, stage: Stage, device: Device
+) -> list[list[tuple[str, View]]]:
+    """The valid rows of each block as `digest` wants them, where `write_plan` has all rows put: in the stage."""
+    room, size = stage.view(device), plan.block_size
+    packed = any(plan.areas[name].packed for name in source.names)
+    blocks: list[list[tuple[str, View]]] = [[] for _ in range(count)]
+    stop = min((first_index + count) * size, source.total_tokens)
+    cursor = count * plan.packed_stride if packed else 0
+    for name in source.names:
+        area = plan.areas[name]
+        step = area.component.token_bytes
+        begin, stride = (area.start - plan.packed_start, area.stride) if area.packed else (cursor, size * step)
+        for k in range(count):
+            tokens = min(size, stop - (first_index + k) * size)
+            blocks[k].append((name, room[begin + k * stride : begin + k * stride + tokens * step]))
+        if not area.packed:
+            cursor += align((stop - first_index * size) * step, ALIGNMENT)
+    return blocks
+
+
+def on_a_gpu(tensors: Iterable[object]) -> bool:
+    return any(place_of(tensor) != HOST for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def _checked(component: Component, tensor: object, kinds: frozenset[str]) -> torch.Tensor:
@@ -256,7 +323,7 @@ def _checked(component: Component, tensor: object, kinds: frozenset[str]) -> tor
         raise BadTensor(
             f"{name} has shape {list(shape)}, the layout says [{wanted}]", hint=_shape_hint(component, shape)
         )
-    if tensor.layout != torch.strided or tensor.device.type not in kinds:
+    if tensor.layout != torch.strided or place_of(tensor).kind not in kinds:
         raise BadTensor(
             f"{name} is {tensor.layout} on {tensor.device}",
             hint=f"Rows have to be dense, in {_listed(sorted(kinds))} memory",

@@ -2,6 +2,8 @@
 
 Packed components always pass through it (one copy per run instead of one per component and block). Where the transport
 reads registered memory alone (`registers_sources`), so do all rows: they are copied here, and this was registered once.
+So do rows on a GPU that the transport cannot read from: they are copied to the host. Where it reads registered memory
+of the GPU alone, they are copied to staging there, which is made when the first of them come.
 
 A stage is taken for a grant after the grant arrived, and given back when the write has drained: that is the caller's
 duty, because only the caller knows. It is never held while waiting for anything else. So everything taken comes back,
@@ -15,12 +17,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tensorferry.core.carriers import Carriers
+from tensorferry.core.copying import HOST_DEVICE, Device, View
 from tensorferry.core.errors import BadCall, ConfigError, FerryError, TransportError
 from tensorferry.core.layout import SlabPlan, align
-from tensorferry.core.memory import Memory, host_memory
+from tensorferry.core.memory import HOST, Memory, Place, host_memory
 from tensorferry.core.transport import Region, Transport
 
 log = logging.getLogger("tensorferry.sender")
@@ -42,6 +45,8 @@ class Stage:
     local: Region | Memory
     offset: int
     nbytes: int
+    views: dict[Device, View] = field(default_factory=dict, repr=False)
+    """Of the whole memory, for each device that was asked: shared by all stages of it."""
 
     @property
     def holds_rows(self) -> bool:
@@ -52,8 +57,12 @@ class Stage:
     def memory(self) -> Memory:
         return self.local.memory if isinstance(self.local, Region) else self.local
 
-    def view(self) -> memoryview:
-        return self.memory.view(self.offset, self.nbytes)
+    def view(self, device: Device = HOST_DEVICE) -> View:
+        """Its bytes, as a device copies to and from them."""
+        whole = self.views.get(device)
+        if whole is None:
+            whole = self.views[device] = device.view(device.pin(self.memory))
+        return whole[self.offset : self.offset + self.nbytes]
 
 
 class _Arena:
@@ -65,6 +74,7 @@ class _Arena:
         self.free = [(0, nbytes)]  # (start, stop), sorted; pieces never touch
         self.taken: dict[int, Stage] = {}
         self.stranded: set[int] = set()
+        self.views: dict[Device, View] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -79,7 +89,7 @@ class _Arena:
         for place, (start, stop) in enumerate(self.free):
             if stop - start >= size:
                 self.free[place : place + 1] = [(start + size, stop)] if start + size < stop else []
-                stage = self.taken[start] = Stage(self.local, start, nbytes)
+                stage = self.taken[start] = Stage(self.local, start, nbytes, self.views)
                 return stage
         return None
 
@@ -99,14 +109,16 @@ class _Arena:
 class Staging:
     """`nbytes` of staging, cut down to a multiple of 64 bytes. One thread only (the endpoint's I/O thread)."""
 
-    def __init__(self, transport: Transport, nbytes: int) -> None:
-        """Allocate, and register where the transport asks for it. Raises ConfigError for less than 64 bytes."""
+    def __init__(self, transport: Transport, nbytes: int, place: Place = HOST) -> None:
+        """Allocate, and register where the transport asks for it, as it has to for a `place` on a GPU. Raises
+        ConfigError for less than 64 bytes."""
         self.max_take = nbytes // ALIGNMENT * ALIGNMENT
         """The longest piece that can ever be taken."""
         if self.max_take < ALIGNMENT:
             raise ConfigError(f"staging of {nbytes} bytes holds nothing", hint=f"Give it at least {ALIGNMENT} bytes")
         self.holds_rows = transport.capabilities.registers_sources
         self._transport = transport
+        self._place = place
         # The last one is taken from. What need not be registered is made when something has to pass through it.
         self._arenas = [self._fresh()] if self.holds_rows else []
         self._closed = False
@@ -121,12 +133,14 @@ class Staging:
     def taken_bytes(self) -> int:
         return sum(arena.nbytes - arena.free_bytes for arena in self._arenas)
 
-    def max_blocks(self, plan: SlabPlan, names: tuple[str, ...]) -> int:
+    def max_blocks(self, plan: SlabPlan, names: tuple[str, ...], *, rows: bool = False) -> int:
         """The longest run of blocks of the components `names` that one stage can hold, at most the slab's blocks.
+        `rows`: all rows pass through, whatever the transport could read in place.
 
         Raises ConfigError where not even one block fits: such a run could wait for ever.
         """
-        needed = plan.stage_bytes(names, 1, rows=self.holds_rows)
+        rows = rows or self.holds_rows
+        needed = plan.stage_bytes(names, 1, rows=rows)
         if needed > self.max_take:
             raise ConfigError(
                 f"staging of {self.max_take} bytes is smaller than one block, which needs {needed}",
@@ -134,7 +148,7 @@ class Staging:
             )
         fits = plan.blocks if needed == 0 else min(plan.blocks, self.max_take // needed)
         # Rounding up to 64 bytes is per run, so a little more may fit than single blocks say.
-        while fits < plan.blocks and plan.stage_bytes(names, fits + 1, rows=self.holds_rows) <= self.max_take:
+        while fits < plan.blocks and plan.stage_bytes(names, fits + 1, rows=rows) <= self.max_take:
             fits += 1
         return fits
 
@@ -192,7 +206,8 @@ class Staging:
 
     def _fresh(self) -> _Arena:
         if self.holds_rows:
-            return _Arena(self._transport.register(self._transport.allocate(self.max_take)), self.max_take)
+            where = () if self._place == HOST else self._place
+            return _Arena(self._transport.register(self._transport.allocate(self.max_take, *where)), self.max_take)
         return _Arena(host_memory(self.max_take), self.max_take)
 
     def _retire(self, arena: _Arena) -> None:
@@ -214,6 +229,8 @@ class Stagings:
         """A transport that will not take its staging is not used, unless it is the only one: then this raises what
         `register` does. Raises ConfigError as Staging does."""
         self._by_name: dict[str, Staging] = {}
+        self._nbytes = nbytes
+        self._on_gpus: dict[tuple[str, Place], Staging | None] = {}  # None: it could not be had
         with ExitStack() as undo:
             undo.callback(self.close)
             self._open(carriers, nbytes)
@@ -236,14 +253,40 @@ class Stagings:
     def of(self, transport: Transport) -> Staging:
         return self._by_name[transport.name]
 
-    def max_blocks(self, plan: SlabPlan, names: tuple[str, ...]) -> int:
+    def choose(self, transport: Transport, place: Place) -> tuple[Staging, bool]:
+        """The staging for rows at `place`, and whether all of them pass through it."""
+        host, capabilities = self._by_name[transport.name], transport.capabilities
+        if place == HOST:
+            return host, host.holds_rows
+        if place.kind not in capabilities.memory_kinds:
+            return host, True
+        if not capabilities.registers_sources:
+            return host, False
+        return self._on_gpu(transport, place) or host, True
+
+    def _on_gpu(self, transport: Transport, place: Place) -> Staging | None:
+        key = transport.name, place
+        if key not in self._on_gpus:
+            try:
+                self._on_gpus[key] = Staging(transport, self._nbytes, place)
+            except FerryError as problem:
+                log.warning("%s: no staging on %s, rows go through the host: %s", transport.name, place, problem)
+                self._on_gpus[key] = None
+        return self._on_gpus[key]
+
+    def max_blocks(self, plan: SlabPlan, names: tuple[str, ...], *, rows: bool = False) -> int:
         """The longest run that every staging can hold: any of the transports may have to carry it. See Staging."""
-        return min(staging.max_blocks(plan, names) for staging in self._by_name.values())
+        return min(staging.max_blocks(plan, names, rows=rows) for staging in self._by_name.values())
 
     @property
     def taken_bytes(self) -> int:
-        return sum(staging.taken_bytes for staging in {id(s): s for s in self._by_name.values()}.values())
+        return sum(staging.taken_bytes for staging in self._all())
 
     def close(self) -> None:
-        for staging in self._by_name.values():
+        for staging in self._all():
             staging.close()
+
+    def _all(self) -> list[Staging]:
+        """Each once: some transports share one."""
+        there = [*self._by_name.values(), *(staging for staging in self._on_gpus.values() if staging is not None)]
+        return list({id(staging): staging for staging in there}.values())

@@ -90,6 +90,7 @@ class Capabilities:
     raises `Unsupported`."""
 
     memory_kinds: frozenset[str] = frozenset({"cpu"})
+    """Memory that can be registered and read from: "cpu", "cuda". The endpoint stages rows that lie elsewhere."""
     same_host_only: bool = False
     max_copies: int = 1024
     """Most copies in one `post` (a longer batch is refused as a whole)."""
@@ -104,6 +105,7 @@ class Capabilities:
     notices_dead_peer: bool = False
     fences: frozenset[Fence] = frozenset()
     needs_flush: bool = False
+    """True: what is placed is visible to a reader only after `flush`, as with GPU memory that a card writes to."""
     thread_safe: bool = False
     reads: bool = False
     wakes: bool = False
@@ -162,7 +164,10 @@ class Transport(ABC):
     contract_version: ClassVar[int] = CONTRACT_VERSION
     """The version that the class was written for. A third party's class states it as a literal (the registry insists):
     what it inherits from here would agree with every version."""
-    capabilities: ClassVar[Capabilities]
+    capabilities: Capabilities
+    """The class's; what depends on where and how it was opened (`memory_kinds` and with it `needs_flush`: is there an
+    engine, a device and a driver for GPU memory?) an instance states for itself, before its constructor returns and
+    never after."""
     options_type: ClassVar[type[Options]] = Options
     sets: ClassVar[tuple[EngineVariable, ...]] = ()
     """Whatever is set of the engine's environment stands here, with the reason: `config show --origin` shows it."""
@@ -177,8 +182,9 @@ class Transport(ABC):
         """Open. Raises TransportUnavailable (with the probe's reason) where it cannot work."""
 
     @abstractmethod
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
-        """Zeroed or untouched memory, aligned to at least 64 bytes, that `register` will take."""
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
+        """Zeroed or untouched memory, aligned to at least 64 bytes, that `register` will take. `device`: which one of
+        its kind; callers pass it for kinds other than "cpu". Raises Unsupported for a kind that is not declared."""
 
     @abstractmethod
     def register(self, memory: Memory) -> Region:
@@ -240,7 +246,8 @@ class Transport(ABC):
         """Forget a drained handle. Raises BadCall for one that is not drained."""
 
     def flush(self, region: Region) -> None:
-        """On the receiving side, where `needs_flush` is declared: placed bytes are visible to the reader after it."""
+        """On the receiving side, where `needs_flush` is declared: placed bytes are visible to the reader after it, the
+        host's or a GPU stream's, whichever can read the region. Raises DeviceError where the GPU cannot be told to."""
         from tensorferry.core.errors import Unsupported
 
         raise Unsupported(f"{self.name} does not declare needs_flush", transport=self.name)

@@ -21,7 +21,7 @@ from memory_kit import (
     write,
 )
 
-from tensorferry.core import buffers
+from tensorferry.core import copying
 from tensorferry.core.buffers import Destination, Gathered, Graveyard, PoolBuffers, Result
 from tensorferry.core.carriers import Carriers
 from tensorferry.core.digest import block_seed, digest
@@ -404,14 +404,14 @@ def test_a_pool_that_does_not_fit_as_a_whole_is_refused_before_its_first_page(mo
     """Each slab alone would fit. Taken one by one they end in the kernel killing processes of its own choice."""
     wanted = sum(slab_plan(LAYOUT, GEOMETRY, slab).nbytes for slab in range(GEOMETRY.slab_count))
     transport = PlainTransport()
-    monkeypatch.setattr(buffers, "available_bytes", lambda: wanted - 1)
+    monkeypatch.setattr(copying, "available_bytes", lambda: wanted - 1)
     with pytest.raises(
         ConfigError, match=f"8 blocks of 128 tokens takes {wanted} bytes, .* {wanted - 1} are"
     ) as caught:
         PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY)
     assert "pool_blocks" in caught.value.hint
     assert transport.registered == 0
-    monkeypatch.setattr(buffers, "available_bytes", lambda: wanted)
+    monkeypatch.setattr(copying, "available_bytes", lambda: wanted)
     assert PoolBuffers(Carriers(transport), LAYOUT, GEOMETRY).nbytes == wanted
 
 

@@ -23,6 +23,8 @@ DEFAULTS = {
     "first_grant": 8192,
     "block_size": 128,
     "pool_blocks": 64,
+    "pool_device": "cpu",
+    "destination_device": "cpu",
     "first_grant_mode": "optimistic",
     "window": "auto",
     "destination_budget": 4 * 1024**3,

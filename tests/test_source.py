@@ -145,7 +145,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("not announced", {"deepstack_embeds": torch.zeros(4, 2, 8)}, "deepstack_embeds is not in the announcement", ""),
     ("missing", {"fill_ids": None}, "fill_ids is missing: it was announced", ""),
     ("meta", {"input_embeds": torch.zeros(4, 8, device="meta")}, "input_embeds is torch.strided on meta",
-     "in cpu memory"),
+     "in cpu, cuda memory"),
     ("sparse", {"input_embeds": torch.zeros(4, 8).to_sparse()}, "input_embeds is torch.sparse_coo", "dense"),
 ]  # fmt: skip
 

@@ -63,6 +63,8 @@ def load_settings(args: argparse.Namespace, defaults: Mapping[str, object] | Non
 _METAVARS = {
     "transport": "NAME",
     "directory": "URL",
+    "pool_device": "cpu|cuda|cuda:N",
+    "destination_device": "cpu|cuda|cuda:N",
     "first_grant_mode": "optimistic|announced",
     "window": "rounds|auto|N",
     "integrity": "auto|full|sampled|off",
