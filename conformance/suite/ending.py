@@ -29,6 +29,7 @@ def statuses_are_final(stage: Stage) -> None:
         stage.expect(status is Status.DONE, f"a handle was DONE, and {status!r} at poll {n} after it")
     for fate in fates(stage):
         pending = f"after {fate.scene}, a handle is still PENDING after {ENDS_WITHIN_S:g} s"
+        stage.expect(not fate.raised, f"after {fate.scene}, a handle is not to be asked: {fate.raised}")
         stage.expect(fate.status is not Status.PENDING, pending)
         before = fate.status
         for now, _ in fate.looks:

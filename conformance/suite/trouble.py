@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.patterns import SEAL, difference
@@ -50,6 +51,8 @@ class Fate:
     """At that moment."""
     lost: str = ""
     """DONE, and where the target lacked bytes of it."""
+    raised: str = ""
+    """PENDING, because poll or drained raised this."""
     looks: list[tuple[Status, bool]] = field(default_factory=list)
     """What poll and drained said later, in this order."""
     landed: str = ""
@@ -135,9 +138,9 @@ def _fates(stage: Stage) -> list[Fate]:
                 time.sleep(stage.random.random() * 0.02)
             event(pair, scene.shots)
             _watch(stage, scene, seen)
-            _look(scene, seen)
             if any(shot.status is Status.PENDING for shot in scene.shots):
                 return list(seen.values())  # ERR-1 says so; nobody waits for it again
+            _look(scene, seen)
     _look_on(stage, scenes, seen)
     if Fence.DRAIN in scenes[0].pair.writer.capabilities.fences:
         deadline = time.monotonic() + ENDS_WITHIN_S
@@ -158,10 +161,14 @@ def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
     deadline = time.monotonic() + ENDS_WITHIN_S
     while waiting and time.monotonic() < deadline:
         for shot in list(waiting):
-            shot.status = pair.writer.poll(shot.handle)
+            answer = stage.attempt(partial(_ask, pair, shot), f"after {scene.name}, poll or drained")
+            if isinstance(answer, FerryError):  # ERR-1 says so
+                waiting.remove(shot)
+                seen[id(shot)] = Fate(scene.name, Status.PENDING, False, raised=repr(answer))
+                continue
+            shot.status, shot.drained = answer
             if shot.status not in FINAL:
                 continue
-            shot.drained = pair.writer.drained(shot.handle)
             waiting.remove(shot)
             fate = seen[id(shot)] = Fate(scene.name, shot.status, shot.drained)
             if scene.readable and (shot.drained or shot.status is not Status.UNKNOWN):
@@ -171,6 +178,11 @@ def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
                 stage.seal(shot.region)
     for shot in waiting:
         seen[id(shot)] = Fate(scene.name, Status.PENDING, False)
+
+
+def _ask(pair: Pair, shot: Shot) -> tuple[Status, bool]:
+    status = pair.writer.poll(shot.handle)
+    return status, status in FINAL and pair.writer.drained(shot.handle)
 
 
 def _look(scene: Scene, seen: dict[int, Fate]) -> None:

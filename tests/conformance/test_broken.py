@@ -72,7 +72,7 @@ def test_a_broken_transport_fails_what_it_breaks_and_nothing_else(
     report = reports[one.path].result()
     assert report.defects == []
     failed = {finding.rule: finding.message for finding in report.of(Verdict.FAIL)}
-    assert failed.keys() == one.fails.keys(), failed
+    assert failed.keys() - one.may == one.fails.keys(), failed
     for rule, pattern in one.fails.items():
         assert re.search(pattern, failed[rule]), f"{rule} says {failed[rule]!r}, and nothing of {pattern!r}"
 

@@ -30,6 +30,8 @@ class Broken:
     cls: type[Transport]
     fails: dict[str, str]
     """rule -> a pattern that the message has to match: what went wrong, in the suite's words."""
+    may: frozenset[str] = frozenset()
+    """Rules that it may fail, too: by chance, or because what it breaks shows in a costly rule as well."""
 
     @property
     def path(self) -> str:
@@ -43,14 +45,14 @@ class Broken:
 _all: list[Broken] = []
 
 
-def broken(fails: dict[str, str], **members: Any) -> Callable[[C], C]:
-    """Enter a class, as one that fails these rules and no other."""
+def broken(fails: dict[str, str], *, may: set[str] | None = None, **members: Any) -> Callable[[C], C]:
+    """Enter a class, as one that fails these rules, perhaps those that it `may`, and no other."""
 
     def enter(cls: C) -> C:
         cls.contract_version = CONTRACT_VERSION
         for name, value in members.items():
             setattr(cls, name, value)
-        _all.append(Broken(cls, fails))
+        _all.append(Broken(cls, fails, frozenset(may or ())))
         return cls
 
     return enter

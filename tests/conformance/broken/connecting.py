@@ -135,7 +135,7 @@ class TakesAnothersPeer(MemoryTransport):
             super()._check_peer(peer)
 
 
-@broken({"CON-11": "BadCall"})
+@broken({"CON-11": "BadCall"}, may={"ERR-1"})
 class ForgetsHandlesWithTheirPeer(MemoryTransport):
     def post(self, peer: Any, copies: Any) -> int:
         handle = super().post(peer, copies)
@@ -149,7 +149,7 @@ class ForgetsHandlesWithTheirPeer(MemoryTransport):
         return status
 
 
-@broken({"CON-6": "this peer was disconnected", "CON-12": "this peer was disconnected"})
+@broken({"CON-6": "this peer was disconnected", "CON-12": "this peer was disconnected"}, may={"RES-5"})
 class NeverComesBack(MemoryTransport):
     def connect(self, descriptor: bytes) -> MemoryPeer:
         peer = super().connect(descriptor)

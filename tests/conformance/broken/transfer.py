@@ -43,7 +43,8 @@ class DropsTheLastByte(Bends):
         "XFR-4": "was not placed",
         "XFR-8": "placed",
         "XFR-12": "placed",
-    }
+    },
+    may={"VIS-1"},
 )
 class IgnoresLocalOffsets(MemoryTransport):
     """Of short copies it rounds them down to whole cache lines."""
