@@ -11,11 +11,12 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from tensorferry.backends._rdma import rdma_ports
+from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
 INSTALL = "pip install 'tensorferry[nixl]'"
@@ -38,6 +39,9 @@ SETS = (
     EngineVariable("UCX_LOG_LEVEL", "fatal", "a peer that ends is told to the caller, not written to the terminal"),
     EngineVariable(
         "NIXL_LOG_LEVEL", "FATAL", "the same: what fails is raised; `import nixl` writes to standard output otherwise"
+    ),
+    EngineVariable(
+        "UCX_DEBUG_SIGNO", "0", "UCX takes SIGHUP for its debugger otherwise, which then ends the process no more"
     ),
 )
 """Variables that opening a nixl transport sets where the user has not."""
@@ -223,6 +227,29 @@ def why_not_rdma() -> tuple[str, str]:
     devices = os.environ.get("UCX_NET_DEVICES", "")
     if devices and devices != "all" and not {name.split(":")[0] for name in devices.split(",")} & set(ports):
         return f"UCX_NET_DEVICES={devices} names no RDMA device", f"There are: {', '.join(ports)}"
+    return "", ""
+
+
+def why_not_cuda(module: str, backend: str, found: Collection[str]) -> tuple[str, str]:
+    """Why this transport does not take CUDA memory, and what helps; ("", "") where nothing that we can see stands
+    against it. `found`: the ways that UCX may use.
+
+    Over RDMA alone: what UCX does otherwise (copies through the host over TCP, CUDA's own IPC on one host) is not
+    fenced by anything that is known here, and the endpoint's own way through the host is as short as TCP's.
+    """
+    if backend != "UCX":
+        return f"the backend is {backend}", "CUDA memory goes over UCX"
+    if set(found) != {RDMA}:
+        return "it is taken over RDMA alone", "Rows on a GPU go through host memory"
+    cause, remedy = why_no_cuda()
+    if cause:
+        return cause, remedy
+    if not bundled(module, "ucx/libuct_cuda.so*"):
+        return f"the UCX of the installed {module} has no CUDA module", f"Install another: {INSTALL}"
+    tls = os.environ.get("UCX_TLS", "")
+    names = {name.strip().removeprefix("\\") for name in tls.split(",")}
+    if tls and (tls.startswith("^") or not names & {"cuda", "cuda_copy", "all"}):
+        return f"UCX_TLS={tls} leaves CUDA out", "Add cuda_copy to it, or unset it"
     return "", ""
 
 
