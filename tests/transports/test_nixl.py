@@ -307,6 +307,7 @@ def test_what_is_set_is_listed_with_its_reason_and_the_users_value_wins(
         "UCX_LOG_FILE": "stderr",
         "UCX_LOG_LEVEL": "warn",
         "NIXL_LOG_LEVEL": "FATAL",
+        "UCX_DEBUG_SIGNO": "0",
     }
     assert all(variable.reason for variable in environment.SETS)
     assert NixlTransport.sets is environment.SETS
