@@ -167,6 +167,7 @@ def test_a_terminal_gets_a_bar_that_moves(tmp_path):
         ("x", {"-o": "elsewhere", "--force": "-1", "k": ""}),
         ("-x", {}),
         ("--output=y", {"größe, 'so'": '"a b"'}),
+        ("a\nb", {"k\n": "one\ntwo\r\n\x1b[31m\u2028\x85 100%0A größe"}),
     ],
 )
 def test_the_printed_command_holds_whatever_names_and_metadata_a_file_has(tmp_path, name, metadata):
@@ -179,6 +180,12 @@ def test_the_printed_command_holds_whatever_names_and_metadata_a_file_has(tmp_pa
     assert listing(tmp_path) == ["clip.received.safetensors", "clip.safetensors"]
     with safe_open(tmp_path / "clip.received.safetensors", framework="pt") as opened:
         assert (opened.metadata() or {}, list(opened.keys())) == (metadata, [name])
+
+
+def test_a_file_whose_name_has_a_line_end_is_received_under_a_name_without(tmp_path):
+    file = small_file(tmp_path / "clip\n2.safetensors")
+    with sending(file) as sender:
+        assert sender.command.endswith("-o clip%0A2.received.safetensors")
 
 
 def fitted(tokens: int, token_bytes: int, **given: object) -> tuple[int, int, int]:

@@ -105,8 +105,13 @@ def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
 
 def metadata_flag(key: str, value: str) -> str:
     """One entry of a file's metadata as a single word that no parser takes for anything else: keys may be empty, begin
-    with a dash and hold an equals sign."""
-    return f"--metadata={quote(key, safe='/')}={value}"
+    with a dash and hold an equals sign. In the value only what would break the line, or hide in it, is encoded."""
+    return f"--metadata={quote(key, safe='/')}={on_one_line(value, also='%')}"
+
+
+def on_one_line(text: str, *, also: str = "") -> str:
+    """`text` with its control characters, line ends of all kinds among them, and those of `also` percent-encoded."""
+    return "".join(c if c.isprintable() and c not in also else quote(c, safe="") for c in text)
 
 
 def metadata(given: Sequence[str]) -> dict[str, str]:
@@ -117,9 +122,9 @@ def metadata(given: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise BadFlag(
                 f"--metadata {text!r} is not KEY=VALUE",
-                hint="Write it as --metadata=KEY=VALUE; in the key, %3D is an equals sign and %25 a percent sign",
+                hint="Write it as --metadata=KEY=VALUE; %3D in the key is an equals sign, %25 a percent sign",
             )
-        found[unquote(key)] = value
+        found[unquote(key)] = unquote(value)
     return found
 
 

@@ -88,7 +88,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an entry of the file's metadata, its key percent-encoded; may be repeated",
+        help="an entry of the file's metadata, percent-encoded; may be repeated",
     )
     parser.set_defaults(run=run)
 

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
 
 def _describe(file: TokenFile, view: View) -> None:
     names = ", ".join(f"{column.name} {column.dtype}{list(column.shape)}" for column in file.table.columns)
-    view.line(f"{file.path}: {file.tokens} tokens, {in_bytes(file.nbytes)}: {names}")
+    view.line(carrying.on_one_line(f"{file.path}: {file.tokens} tokens, {in_bytes(file.nbytes)}: {names}"))
     view.wait("reading the file for its digest")
     view.line(f"digest {told(file.digest)}")
 
@@ -163,7 +163,7 @@ def _announcer(
             parts += metadata
         passed_on = settings if args.publish else replace(settings, directory="")
         parts += carrying.changed_settings(passed_on, {"destination_budget": file.nbytes})
-        output = f"{name.stem}.received{name.suffix}"
+        output = carrying.on_one_line(f"{name.stem}.received{name.suffix}")
         parts += ["-o", f"./{output}" if output.startswith("-") else output]
         serving.command = command_line(parts)
         if out.json:
