@@ -134,7 +134,9 @@ def _applies(stage: Stage, rule: Rule) -> None:
     if not rule.needs:
         return
     cls = stage.target.cls
-    capabilities = cls.capabilities if cls is not None else stage.open().capabilities
+    # Whether it needs a flush, only an instance may know.
+    known = cls is not None and "needs_flush" not in rule.needs
+    capabilities = cls.capabilities if cls is not None and known else stage.open().capabilities
     if not isinstance(capabilities, Capabilities):
         raise Inconclusive(f"capabilities is a {type(capabilities).__name__} (HYG-7)")
     missing = [need for need in rule.needs if not declares(capabilities, need)]

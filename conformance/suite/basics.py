@@ -160,6 +160,13 @@ def allocates(stage: Stage) -> None:
         view = memory.view()
         view[:] = bytes([GUARD]) * nbytes
         stage.expect(view[-1] == GUARD, f"the last of {nbytes} allocated bytes does not keep what is written to it")
+    if "cuda" not in transport.capabilities.memory_kinds:
+        stage.note("cuda", "not tried: opened here, it takes no CUDA memory")
+        return
+    memory = transport.allocate(4096, "cuda", 0)
+    told = (memory.kind, memory.device, memory.nbytes, memory.address % 64)
+    stage.expect(told == ("cuda", 0, 4096, 0), f"allocate(4096, 'cuda', 0) answered {memory}")
+    stage.note("cuda", "allocated")
 
 
 @check("REG-2", joined=False)
@@ -265,7 +272,7 @@ def refuses_to_retire_anothers(stage: Stage) -> None:
 
 @check("HYG-8")
 def refuses_what_is_not_declared(stage: Stage) -> None:
-    capabilities = (stage.target.cls or type(stage.open())).capabilities
+    capabilities = stage.open().capabilities
     undeclared = [need for need in VERBS if not declares(capabilities, need)]
     if not undeclared:
         raise NotApplicable("declares " + ", ".join(VERBS))
