@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
+import locale
+import logging
+import multiprocessing
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import IO, Any
 
 ENGINES = frozenset(
     {"mooncake", "nixl", "nixl_cu12", "nixl_cu13", "torch", "ucp", "ucxx", "cupy", "cuda", "pynvml", "mpi4py", "nccl"}
@@ -32,12 +38,58 @@ def state() -> dict[str, Any]:
     return {
         "modules": set(sys.modules),
         "libraries": libraries,
+        "process": belongings(),
         "environment": dict(os.environ),
         "threads": {thread.name for thread in threading.enumerate()},
         "tasks": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "children": offspring,
     }
+
+
+SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGCHLD", "SIGALRM", "SIGPIPE", "SIGUSR1", "SIGUSR2", "SIGWINCH")
+"""Those that a process uses for itself. Of the others engines may make crash reports."""
+
+
+def belongings() -> dict[str, str]:
+    """What is the process's, by name: a plugin has no business with it."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+        status = dict(line.split(":", 1) for line in lines if ":" in line)
+    caught, ignored = int(status["SigCgt"], 16), int(status["SigIgn"], 16)
+    held = {
+        f"the handler of {name}": f"{signal.getsignal(bit + 1)} {caught >> bit & 1}{ignored >> bit & 1}"
+        for name, bit in ((name, signal.Signals[name] - 1) for name in SIGNALS)
+    }
+    root = logging.getLogger()
+    return held | {
+        "the working directory": os.getcwd(),
+        "the umask": status["Umask"],
+        "the root logger": f"{root.level} {root.handlers} {root.filters} {logging.root.manager.disable}",
+        "logging's classes": f"{logging.getLoggerClass()} {logging.getLogRecordFactory()}",
+        "the default time-out of sockets": str(socket.getdefaulttimeout()),
+        "sys.excepthook": str(sys.excepthook),
+        "threading.excepthook": str(threading.excepthook),
+        "sys.stdout and sys.stderr": f"{sys.stdout} {sys.stderr}",
+        "the garbage collector": f"{gc.isenabled()} {gc.get_threshold()}",
+        "the recursion limit": str(sys.getrecursionlimit()),
+        "the switch interval": str(sys.getswitchinterval()),
+        "the locale": locale.setlocale(locale.LC_ALL),
+        "how processes are started": str(multiprocessing.get_start_method(allow_none=True)),
+        "standard output": str(os.fstat(1).st_size),
+    }
+
+
+def differing(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [name for name, value in before.items() if after[name] != value]
+
+
+def keep_stdout() -> IO[str]:
+    """Standard output for this process's own words. What others print goes to a file that `belongings` looks at."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    others = os.memfd_create("standard output")
+    os.dup2(others, 1)
+    os.close(others)
+    return own
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +101,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "engines": sorted({m.partition(".")[0] for m in after["modules"] - before["modules"]} & ENGINES),
         "libraries": sorted(lib for lib in after["libraries"] - before["libraries"] if not _standard(lib)),
         "environment": changed,
+        "process": differing(before["process"], after["process"]),
         "threads": sorted(after["threads"] - before["threads"]),
         "tasks": after["tasks"] - before["tasks"],
         "descriptors": after["descriptors"] - before["descriptors"],
@@ -62,8 +115,7 @@ def _standard(library: str) -> bool:
 
 
 def main() -> int:
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    own = keep_stdout()
     what, target = sys.argv[1], sys.argv[2]
     # What tensorferry itself loads for any transport is no cost of this one.
     for name in ("msgspec", "msgspec.msgpack", "msgspec.json", "xxhash", "ctypes", "mmap", "socket", "logging"):
@@ -90,6 +142,7 @@ def main() -> int:
         told["raised"] = f"{type(error).__name__}: {error}"
     told["seconds"] = time.monotonic() - begun
     told["cpu"] = time.process_time() - worked
+    sys.stdout.flush()
     if what == "probe":
         time.sleep(0.2)  # threads that are on their way out
     json.dump(told | changes(before, state()), own)

@@ -53,11 +53,15 @@ class Report:
         return [finding for finding in self.findings if finding.verdict is verdict]
 
     def failed(self, *, strict: bool = False) -> list[Finding]:
-        """The findings that fail the run: of MUST rules, or of all where strict, and of stale known failures."""
+        """The findings that fail the run: of MUST rules, or of all where strict, those that took the process along, and
+        stale known failures."""
         return [
             finding
             for finding in self.of(Verdict.FAIL)
-            if strict or finding.level is Level.MUST or finding.message.startswith("listed as a known failure")
+            if strict
+            or finding.level is Level.MUST
+            or "process" in finding.evidence
+            or finding.message.startswith("listed as a known failure")
         ]
 
     def exit_code(self, *, strict: bool = False) -> int:
@@ -143,7 +147,7 @@ class _Worker:
         begun = time.monotonic()
         answer = self._ask(rule, limit + GRACE_S)
         if isinstance(answer, str):
-            evidence = {"stderr": self._tail()}
+            evidence = {"process": answer, "stderr": self._tail()}
             return Finding(rule, Verdict.FAIL, f"the process {answer}", evidence, time.monotonic() - begun)
         if "suite" in answer:
             raise SuiteError(answer["suite"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from tensorferry.conformance.fresh import belongings, differing, keep_stdout
 from tensorferry.conformance.target import Spec, Target, resolve
 from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import host_memory
@@ -93,8 +94,7 @@ def write(target: Target) -> str:
 
 
 def main() -> int:
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    own = keep_stdout()
     path, spec = sys.argv[2], msgspec.json.decode(sys.argv[3], type=Spec)
     refused = msgspec.json.decode(sys.argv[4], type=Refused) if len(sys.argv) > 4 else Refused()
     asked: list[str] = []
@@ -106,7 +106,7 @@ def main() -> int:
     target = resolve(spec.name, spec.options)
     if refused.modules or refused.libraries:
         refuse(refused)
-    before, libraries, environment = set(sys.modules), mapped(), dict(os.environ)
+    before, libraries, environment, process = set(sys.modules), mapped(), dict(os.environ), belongings()
     del asked[:]
     told: dict[str, Any] = {"sets": [variable.name for variable in cls.sets]}
     try:
@@ -126,6 +126,8 @@ def main() -> int:
     told["libraries"] = sorted({name for name in asked if name != "None" and os.path.basename(name) not in libraries})
     changed = {name for name in {*environment, *os.environ} if environment.get(name) != os.environ.get(name)}
     told["environment"] = {name: environment.get(name) is not None for name in sorted(changed)}
+    sys.stdout.flush()
+    told["process"] = differing(process, belongings())
     json.dump(told, own)
     own.flush()
     os._exit(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import mmap
 import os
-import tempfile
 import threading
 import tracemalloc
 import weakref
@@ -14,6 +13,7 @@ from functools import partial
 
 from tensorferry.conformance.model import NotApplicable, check
 from tensorferry.conformance.stage import Stage, at
+from tensorferry.conformance.suite.loading import opened
 from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import Memory, host_memory
 from tensorferry.core.transport import (
@@ -73,7 +73,10 @@ def leaves_no_thread(stage: Stage) -> None:
 
 @check("RES-6", seconds=120)
 def leaves_no_file(stage: Stage) -> None:
-    """Where others leave files at the same time, each round has to: and nobody may have them open or mapped."""
+    """/dev/shm is everybody's: where others leave files at the same time, it is this transport if each round does, and
+    nobody has them open or mapped."""
+    files = opened(stage)["files"]
+    stage.expect(not files, f"open, write and close leave files behind: {', '.join(files[:5])}")
     _cycle(stage)
     left: list[set[str]] = []
     for _ in range(stage.times(3, 5, 20)):
@@ -88,16 +91,12 @@ def leaves_no_file(stage: Stage) -> None:
         {file for file in new & remaining if not any(f"{one}/".startswith(f"{file}/") for one in used)} for new in left
     ]
     some = ", ".join(sorted(file for new in left for file in new)[:3])
-    stage.expect(not all(left), f"each open, write and close leaves files behind that nobody has open: {some}")
+    stage.expect(not all(left), f"each open, write and close leaves shared memory behind that nobody has open: {some}")
 
 
 def _files() -> set[str]:
-    """Where transports put files that two processes share: and in the working directory."""
-    found: set[str] = set()
-    for folder in {"/dev/shm", tempfile.gettempdir(), os.getcwd()}:
-        with suppress(OSError):
-            found.update(entry.path for entry in os.scandir(folder))
-    return found
+    """Memory that processes share by name."""
+    return {entry.path for entry in os.scandir("/dev/shm")}
 
 
 def _used() -> set[str]:

@@ -1,8 +1,10 @@
-"""HYG-12 and HYG-14: what opening loads and sets, and what happens where that cannot be loaded."""
+"""HYG-12, HYG-14 and HYG-15: what opening loads and sets, and what happens where that cannot be loaded."""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from typing import Any
 
 import msgspec
@@ -10,32 +12,41 @@ import msgspec
 from tensorferry.conformance.model import NotApplicable, check
 from tensorferry.conformance.stage import Stage
 from tensorferry.conformance.suite.hygiene import class_of, path_of, told_by
-from tensorferry.conformance.target import Spec
+from tensorferry.conformance.target import Spec, child_environment
 from tensorferry.conformance.without import Refused
 from tensorferry.core.errors import TransportUnavailable
 
 
-def _opened(stage: Stage, refused: Refused | None = None) -> dict[str, Any]:
-    """What `conformance.without` tells of opening and a first write."""
+def opened(stage: Stage, refused: Refused | None = None) -> dict[str, Any]:
+    """What `conformance.without` tells of opening and a first write; `files`: what that leaves in the temporary and the
+    working directory."""
     path = path_of(stage)
     spec = stage.target.spec or Spec(path, stage.target.options)
     arguments = [path, msgspec.json.encode(spec).decode()]
-    if refused is None:
-        found: dict[str, Any] = stage.once("opening", lambda: told_by(stage, "without", "open", *arguments))
-        return found
-    return told_by(stage, "without", "open", *arguments, msgspec.json.encode(refused).decode())
+
+    def told() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**child_environment(), "TMPDIR": folder}
+            answer = told_by(stage, "without", "open", *arguments, environment=environment, folder=folder)
+            return answer | {"files": sorted(os.listdir(folder))}
+
+    if refused is not None:
+        arguments.append(msgspec.json.encode(refused).decode())
+        return told()
+    found: dict[str, Any] = stage.once("opening", told)
+    return found
 
 
 @check("HYG-12", joined=False, seconds=180)
 def says_what_it_lacks(stage: Stage) -> None:
-    usual = _opened(stage)
+    usual = opened(stage)
     if usual.get("ended") != "DONE":
         stage.unknown(f"a first write in a fresh process ended {_how(usual)} (LIF-1)")
     told, modules, libraries = usual, set(usual["modules"]), set(usual["libraries"])
     if not (modules or libraries):
         raise NotApplicable("loads nothing from outside of the standard library and tensorferry")
     for _ in range(4):  # what takes the place of something that is refused is refused next
-        told = _opened(stage, Refused(sorted(modules), sorted(libraries)))
+        told = opened(stage, Refused(sorted(modules), sorted(libraries)))
         if modules.issuperset(told["modules"]) and libraries.issuperset(told["libraries"]):
             break
         modules.update(told["modules"])
@@ -65,9 +76,20 @@ def _how(told: dict[str, Any]) -> str:
 
 @check("HYG-14", joined=False, seconds=90)
 def sets_what_it_says(stage: Stage) -> None:
-    told = _opened(stage)
+    told = opened(stage)
     for name, was_set in told["environment"].items():
         stage.expect(name in told["sets"], f"opening changes {name}, which is not in `sets`")
         stage.expect(not was_set, f"opening changes {name}, which was set before")
     for variable in class_of(stage).sets:
         stage.expect(variable.reason.strip(), f"`sets` gives no reason for {variable.name}")
+
+
+@check("HYG-15", joined=False, seconds=90)
+def leaves_the_process_alone(stage: Stage) -> None:
+    path = path_of(stage)
+    for what, told in (
+        ("importing the class", told_by(stage, "fresh", "import", path)),
+        ("probe", told_by(stage, "fresh", "probe", path)),
+        ("opening, and a first write,", opened(stage)),
+    ):
+        stage.expect(not told["process"], f"{what} changes {', '.join(told['process'])}")

@@ -15,14 +15,15 @@ from tensorferry.core.transport import Copy, Region, Status
 
 @check("XFR-6")
 def leaves_the_source_alone(stage: Stage) -> None:
-    pair = stage.pair(1 << 20)
-    data = stage.pattern(1 << 20)
-    source = pair.source(data)
-    for _ in range(3):
-        pair.done(pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, len(data))]))
-    memory = source.memory if isinstance(source, Region) else source
-    wrong = difference(bytes(memory.view(0, len(data))), data)
-    stage.expect(not wrong, f"the source was changed: {wrong}")
+    for nbytes in (100, 1 << 20, (3 << 20) + 1):
+        pair = stage.pair(nbytes)
+        data = stage.pattern(nbytes)
+        source = pair.source(data)
+        for _ in range(3):
+            pair.done(pair.writer.post(pair.peer, [Copy(source, 0, at(pair.region), 0, nbytes)]))
+        memory = source.memory if isinstance(source, Region) else source
+        wrong = difference(bytes(memory.view(0, nbytes)), data)
+        stage.expect(not wrong, f"the source of a copy of {nbytes} bytes was changed: {wrong}")
 
 
 @check("XFR-12")

@@ -55,7 +55,7 @@ _ends: weakref.WeakValueDictionary[bytes, Flushing] = weakref.WeakValueDictionar
 
 
 class Flushing(MemoryTransport):
-    """What is placed is to be seen after `flush` alone."""
+    """What is placed is to be seen after `flush` of its region alone."""
 
     name = "flushing"
     contract_version = 1
@@ -93,12 +93,12 @@ class Flushing(MemoryTransport):
         return status
 
     def flush(self, region: Region) -> None:
-        while self._placed:
-            placed = self._placed.pop(0)
-            number, generation = placed[0]
-            live = self._live.get(number)
-            if live is not None and live.generation == generation:
-                self._fetch(placed, live)
+        here = (region.id, region.generation)
+        live = self._live.get(region.id)
+        mine = [placed for placed in self._placed if placed[0] == here]
+        self._placed = [placed for placed in self._placed if placed[0] != here]
+        for placed in mine if live is not None and live.generation == region.generation else ():
+            self._fetch(placed, live)
 
     def _fetch(self, placed: tuple[tuple[int, int], int, int, int], live: Region) -> None:
         key, offset, nbytes, _ = placed

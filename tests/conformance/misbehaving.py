@@ -24,6 +24,30 @@ class Crashing(MemoryTransport):
         super().retire(region)
 
 
+class CrashingOverNothing(MemoryTransport):
+    """A copy of no bytes takes the process along: no rule says MUST of it."""
+
+    name = "crashing-over-nothing"
+    contract_version = 1
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        if copies and not copies[0].nbytes:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().post(peer, copies)
+
+
+class Exiting(MemoryTransport):
+    """Ends the program where it should raise."""
+
+    name = "exiting"
+    contract_version = 1
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        if not copies:
+            raise SystemExit(0)
+        return super().post(peer, copies)
+
+
 class Hanging(MemoryTransport):
     """The answer to an empty post never comes."""
 

@@ -88,6 +88,21 @@ def test_what_the_transport_raises_is_a_finding() -> None:
     assert "ZeroDivisionError: no copies; expected BadCall" in finding.message
 
 
+def test_what_ends_the_program_is_a_finding_as_well() -> None:
+    report = run(misbehaving.Exiting, rules="XFR-14", tier="quick")
+    [finding] = report.findings
+    assert (report.defects, finding.verdict) == ([], Verdict.FAIL)
+    assert "post (called as" in finding.message
+    assert "raised SystemExit" in finding.message
+
+
+def test_a_crash_fails_the_run_whatever_the_rules_level() -> None:
+    report = run("misbehaving:CrashingOverNothing", rules="XFR-15", tier="quick")
+    [finding] = report.findings
+    assert finding.level is Level.SHOULD
+    assert report.exit_code() == 1
+
+
 def test_without_the_smoke_test_the_rest_is_inconclusive() -> None:
     report = run(misbehaving.Dead, rules="LIF-1,LIF-2,XFR,HYG-7", tier="quick")
     found = verdicts(report)

@@ -8,7 +8,7 @@ from typing import Any
 
 from broken.catalogue import broken
 from tensorferry.backends._copier import Batch
-from tensorferry.backends.memory import MemoryTransport
+from tensorferry.backends.memory import MemoryPeer, MemoryTransport
 from tensorferry.core.errors import OutOfBounds
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Capabilities, Copy, Region, RemoteRegion, Status
@@ -174,3 +174,16 @@ class IsDoneWithWhatIsRetired(Forgives):
 
 def _memory(copy: Copy) -> Memory:
     return copy.local.memory if isinstance(copy.local, Region) else copy.local
+
+
+@broken({"BND-12": "copy 0 of 2, to a region that is retired, .* was not placed"})
+class IsDoneThoughACopyFailed(MemoryTransport):
+    """A copy before the last that cannot be placed any more is passed over: the last one's outcome is the batch's."""
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        return super().post(peer, [c for c in copies[:-1] if not self._retired(peer, c.remote)] + list(copies[-1:]))
+
+    def _retired(self, peer: Any, remote: RemoteRegion) -> bool:
+        key = (remote.id, remote.generation)
+        told = isinstance(peer, MemoryPeer) and key in peer.regions
+        return told and key not in peer.there.regions

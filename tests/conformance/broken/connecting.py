@@ -10,10 +10,11 @@ import msgspec
 from broken.catalogue import broken
 from tensorferry.backends import memory as memory_backend
 from tensorferry.backends._copier import Batch
+from tensorferry.backends._hostcopy import HostPeer
 from tensorferry.backends.memory import MemoryPeer, MemoryTransport
 from tensorferry.core.errors import BadCall, PeerUnreachable, ProtocolViolation
 from tensorferry.core.memory import Memory
-from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Region, Status
+from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Region, RemoteRegion, Status
 
 
 @broken({"CON-1": "31 regions the descriptor has"})
@@ -50,6 +51,16 @@ class MakesANewPeerOfNewRegions(MemoryTransport):
             self._peers[peer.instance] = fresh
             return fresh
         return peer
+
+
+@broken({"CON-3": "region 3, told by a newer descriptor, .* was not placed"})
+class KnowsRegionsByTheirIdAlone(MemoryTransport):
+    """What is registered under an id that was given before is taken for what had it first."""
+
+    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, Memory]:
+        nbytes, memory = super()._target(peer, remote)
+        first = self.__dict__.setdefault("_first", {}).setdefault((peer.instance, remote.id), memory)
+        return nbytes, first if first.nbytes == nbytes else memory
 
 
 @broken({"CON-4": "older"})

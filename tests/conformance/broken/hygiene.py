@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import secrets
+import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from broken.catalogue import broken
 from tensorferry.backends.memory import MemoryTransport
-from tensorferry.core.errors import TransportUnavailable
+from tensorferry.core.errors import OutOfBounds, TransportUnavailable
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, EngineVariable, Options, Probe, Readiness, Region
 
@@ -38,6 +44,35 @@ class KeepsAHistory(MemoryTransport):
         super().release(handle)
         self._history = getattr(self, "_history", [])
         self._history.append(bytearray(16_384))
+
+
+@broken({"RES-3": "one that is refused"})
+class RemembersWhatItRefuses(MemoryTransport):
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        try:
+            return super().post(peer, copies)
+        except OutOfBounds as error:
+            self._refused = [*getattr(self, "_refused", [])[-5000:], (error, bytearray(1000))]
+            raise
+
+
+@broken({"RES-6": "leave files behind"})
+class LeavesAFile(MemoryTransport):
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        if "without" in sys.argv[0]:  # where its directory is removed with all that is in it
+            Path(tempfile.gettempdir(), secrets.token_hex(8)).touch()
+
+
+@broken({"RES-7": "open, allocate, write and close, with 8 MiB, leave .* more mapped"})
+class KeepsItsPools(MemoryTransport):
+    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+        memory = super().allocate(nbytes, kind)
+        _pools.extend([memory] * (nbytes == 8 << 20))  # RES-7's: what all rules allocate would be too much
+        return memory
+
+
+_pools: list[Memory] = []
 
 
 @broken({"RES-4": "let go|held|kept"})
@@ -134,6 +169,22 @@ class ProbesInOneThread(MemoryTransport):
 
 
 _open_ones: weakref.WeakSet[ProbesInOneThread] = weakref.WeakSet()
+
+
+@broken({"HYG-15": "opening, and a first write, changes the handler of SIGTERM"})
+class TakesSigterm(MemoryTransport):
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+
+@broken({"HYG-15": "probe changes standard output"})
+class PrintsABanner(MemoryTransport):
+    @classmethod
+    def probe(cls) -> Probe:
+        print("the engine welcomes you")
+        return super().probe()
 
 
 # ---- what is declared ----------------------------------------------------------------------------------------
