@@ -78,7 +78,7 @@ class FaultProxy(Transport):
 
     def _take(self, inner: Transport) -> None:
         self.inner = inner
-        self.posts = 0
+        self.bytes_posted = 0
         self._pid = os.getpid()
         self._log = Log(self.policy)
         self._posts: dict[int, Held] = {}
@@ -102,6 +102,24 @@ class FaultProxy(Transport):
         """Every decision so far that was not "as it is": print it, and replay it with `Policy.from_log`."""
         with _lock:
             return str(self._log)
+
+    @property
+    def posts(self) -> int:
+        """Calls of `post` so far."""
+        return self._log.counts["post"]
+
+    @property
+    def connects(self) -> int:
+        """Calls of `connect` so far."""
+        return self._log.counts["connect"]
+
+    def follow(self, policy: Policy) -> None:
+        """From the next call on, this policy decides. Raises ValueError where it would hold or hide writes and the one
+        before did not: what is declared stays declared."""
+        if (policy.holds and not self.policy.holds) or policy.hides != self.policy.hides:
+            raise ValueError("what a proxy holds or hides is declared when it is made")
+        with _lock:
+            self.policy = self._log.policy = policy  # type: ignore[misc]  # the class's is how it began
 
     @property
     def held(self) -> list[Held]:
@@ -222,7 +240,6 @@ class FaultProxy(Transport):
         held = False
         with _lock:
             decision = self._log.next("post")
-            self.posts += 1
             met = self._met.get(id(peer))
             if decision.broken:
                 raise RuntimeError("a defect in the engine's binding")
@@ -239,12 +256,14 @@ class FaultProxy(Transport):
                 if not decision.plain:
                     handle = self._hold(decision, met, list(copies))
                     held = True
+                    self.bytes_posted += sum(copy.nbytes for copy in copies)
         if held:
             self._call_back()  # it wants to be polled
             return handle
         handle = self.inner.post(peer, copies)
         with _lock:
             self._flying[handle] = id(peer)
+            self.bytes_posted += sum(copy.nbytes for copy in copies)
         return handle
 
     def poll(self, handle: int) -> Status:
@@ -276,6 +295,12 @@ class FaultProxy(Transport):
                 self._advance(post, self.policy.clock == "polls")  # as a poll: some ask nothing else
                 return post.drained
         return self.inner.drained(handle)
+
+    def source_free(self, handle: int) -> bool:
+        with _lock:
+            if handle in self._posts:  # what waits here is read when it lands
+                return self.drained(handle)
+        return self.inner.source_free(handle)
 
     def release(self, handle: int) -> None:
         with _lock:

@@ -22,7 +22,7 @@ from ferry import SENDER, Ferry, hello
 
 sys.path.insert(0, str(Path(__file__).with_name("scenarios")))
 
-from faulty import HOLD, WRITE, FaultyMemory, let_go
+from fault_kit import FAULTY, HOLD, WRITE, let_go, proxy, script
 from scenario_kit import LAYOUT, PATIENCE, SMALL, Quay, assert_clean, assert_same, books, eventually, lowest_first, rows
 from side import Side
 
@@ -161,13 +161,12 @@ def test_defect_05_a_record_that_is_a_view_of_a_block_of_somebody_else() -> None
 def test_defect_06_blocks_are_freed_while_a_write_to_them_is_in_flight() -> None:
     """The defect: "Blocks are freed on failure or abort while a write to them may still be in flight." They
     go through quarantine and come back by a proof alone (GR-2, GR-3)."""
-    with Quay(block_size=16, pool_blocks=4, slabs=1, first_grant=32, sender_transport=FaultyMemory) as quay:
-        transport: Any = quay.sender.carriers.transports[0]
-        transport.script = lambda n: HOLD if n == 0 else WRITE
+    with Quay(block_size=16, pool_blocks=4, slabs=1, first_grant=32, sender_transport=FAULTY["memory"]) as quay:
+        script(quay.sender, lambda n: HOLD if n == 0 else WRITE)
         given = rows(30)
         quay.sender.send(1, **given)
         first = quay.receive(1)
-        eventually(lambda: transport.held)
+        eventually(lambda: proxy(quay.sender).held)
         first.cancel()
         assert first.status == "FAILED"  # at once; and the write is still out
         second = quay.carry(60, room=2, seed=2)  # goes through what is left of the pool

@@ -572,3 +572,28 @@ def test_endpoints_that_lose_each_other_end_typed_and_leave_nothing(seed: int, a
         else:
             assert_same(received.result(), given_rows)
         eventually(lambda: sent.done)
+
+
+def test_a_policy_is_changed_on_the_way() -> None:
+    with Two("ok", holds=True) as two:
+        first = two.post()
+        assert two.ended(first) is Status.DONE
+        assert (two.writer.posts, two.writer.connects, two.writer.bytes_posted) == (1, 1, len(DATA))
+        two.writer.follow(Policy.scripted({1: "held"}, {1: "refuse"}, holds=True))
+        assert two.writer.posts == 1  # the numbers go on
+        second = two.post()
+        assert two.writer.held
+        assert not two.writer.source_free(second)
+        with pytest.raises(PeerUnreachable):
+            two.writer.connect(two.owner.describe())
+        two.writer.let_go()
+        assert two.ended(second) is Status.DONE
+        assert two.writer.source_free(second)
+        assert two.writer.log.splitlines()[1:] == ["post 1 held", "connect 1 refuse"]
+
+
+def test_what_is_declared_is_not_taken_back_by_another_policy() -> None:
+    with Two("ok") as two:
+        for more in ({"holds": True}, {"hides": True}):
+            with pytest.raises(ValueError, match="declared when it is made"):
+                two.writer.follow(Policy.scripted("ok", **more))

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from faulty import FAIL, LOSE, RAISE, WRITE, FaultyMemory, FaultyShm
+from fault_kit import FAIL, FAULTY, LOSE, RAISE, WRITE, FaultyMemory, let_go, script
 from scenario_kit import PATIENCE, assert_clean, assert_same, eventually, rows
 
 import tensorferry as tf
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
+from tensorferry.conformance.faults import FaultProxy
 from tensorferry.core import asking, errors, receiving, sending
 from tensorferry.core.posting import FALL_BACK_AFTER, MOST_POSTS
 from tensorferry.core.settings import Settings
@@ -33,8 +34,8 @@ def memory() -> MemoryTransport:
     return MemoryTransport(MemoryOptions())
 
 
-def faulty() -> Any:
-    return FaultyShm()
+def faulty() -> FaultProxy:
+    return FAULTY["shm"]()
 
 
 class Sides:
@@ -102,7 +103,7 @@ def test_what_keeps_failing_is_given_up_for_the_next_and_nothing_is_lost(
     what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = faulty()
-    bad.script = lambda n: what if n >= 2 else WRITE
+    script(bad, lambda n: what if n >= 2 else WRITE)
     with Sides([bad, memory()], [shm(), memory()]) as sides:
         sent, received = sides.carry()
         assert received.transport == "memory"
@@ -117,24 +118,24 @@ def test_what_keeps_failing_is_given_up_for_the_next_and_nothing_is_lost(
 def test_writes_that_were_lost_on_the_way_that_was_given_up_harm_nobody() -> None:
     """They land after the next transport has carried everything: their blocks were not given to anybody."""
     bad = faulty()
-    bad.script = lambda n: LOSE
+    script(bad, lambda n: LOSE)
     with Sides([bad, memory()], [shm(), memory()], pool_blocks=16, slabs=4) as sides:
         given = rows(TOKENS, layout=SMALL)
         sent, received = sides.sender.send(1, **given), sides.receiver.receive(1, sides.sender.address)
         eventually(lambda: bad.posts)
 
-        def let_go() -> bool:
-            sides.sender._call(bad.let_go)
+        def landed() -> bool:
+            let_go(sides.sender)
             return received.done
 
-        eventually(let_go)
+        eventually(landed)
         assert_same(received.result(PATIENCE), given)
         sent.wait(PATIENCE)
 
 
 def test_one_good_write_forgives_what_failed_before() -> None:
     bad = faulty()
-    bad.script = lambda n: FAIL if n in (1, 2, 4, 5) else WRITE
+    script(bad, lambda n: FAIL if n in (1, 2, 4, 5) else WRITE)
     with Sides([bad, memory()], [shm(), memory()], window=1, block_size=64) as sides:
         _, received = sides.carry()
         assert received.transport == "shm"
@@ -143,7 +144,7 @@ def test_one_good_write_forgives_what_failed_before() -> None:
 def test_one_hiccup_of_many_posts_counts_once() -> None:
     """Eight posts are under way; a connection that breaks takes them all. That is one failure, not eight."""
     bad = faulty()
-    bad.script = lambda n: FAIL if n < 8 else WRITE
+    script(bad, lambda n: FAIL if n < 8 else WRITE)
     with Sides([bad, memory()], [shm(), memory()], slabs=8) as sides:
         _, received = sides.carry()
         assert received.transport == "shm"
@@ -153,11 +154,11 @@ def test_one_hiccup_of_many_posts_counts_once() -> None:
 def test_what_was_given_up_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "PREFER_AGAIN_SECONDS", 0.2)
     bad = faulty()
-    bad.script = lambda n: FAIL
+    script(bad, lambda n: FAIL)
     with Sides([bad, memory()], [shm(), memory()]) as sides:
         _, received = sides.carry()
         assert received.transport == "memory"
-        bad.script = lambda n: WRITE
+        script(bad, lambda n: WRITE)
         reach = next(iter(sides.sender._poster.targets.values())).reach
         eventually(lambda: not reach.fallen)
         _, received = sides.carry(2)
@@ -166,7 +167,7 @@ def test_what_was_given_up_is_tried_again_after_a_while(monkeypatch: pytest.Monk
 
 def test_with_one_transport_there_is_nothing_to_fall_back_to() -> None:
     bad = faulty()
-    bad.script = lambda n: FAIL
+    script(bad, lambda n: FAIL)
     with Sides([bad], [shm(), memory()], max_bumps=2) as sides:
         sent = sides.sender.send(1, **rows(TOKENS, layout=SMALL))
         received = sides.receiver.receive(1, sides.sender.address)
@@ -325,10 +326,10 @@ class Engine(FaultyMemory):
 
 @pytest.mark.parametrize("reads_on", [False, True])
 def test_lost_writes_to_one_receiver_leave_staging_for_the_others(reads_on: bool) -> None:
-    engine = Engine()
+    engine = Engine(MemoryOptions())
     engine.reads_on = reads_on
     quick = {"peer_timeout": 0.4, "heartbeat": 0.1, "quarantine_quota": 1000, "max_bumps": 100}
-    engine.script = lambda n: LOSE if n in (3, 12, 14, 21) else WRITE
+    script(engine, lambda n: LOSE if n in (3, 12, 14, 21) else WRITE)
     with Sides([engine], [memory()], staging_bytes=16 * 32 * 4, window=2, **quick) as sides:
         for room in range(1, 4):
             sides.carry(room)
@@ -336,7 +337,7 @@ def test_lost_writes_to_one_receiver_leave_staging_for_the_others(reads_on: bool
         lost = len(engine.held)
         assert lost
         assert (held > 0) is reads_on
-        sides.sender._call(engine.let_go)
+        let_go(sides.sender)
         eventually(lambda: not sides.sender._call(lambda: sides.sender._poster.staging.taken_bytes))
 
 
@@ -349,13 +350,13 @@ class Sockets(FaultyMemory):
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(copies: bool) -> None:
-    bad = Sockets() if copies else FaultyMemory()
-    bad.script = lambda n: LOSE if n == 1 else WRITE
+    bad = (Sockets if copies else FaultyMemory)(MemoryOptions())
+    script(bad, lambda n: LOSE if n == 1 else WRITE)
     with Sides([bad], [memory()], peer_timeout=0.4, heartbeat=0.1) as sides:
         sent, _ = sides.carry()
         source = sides.sender._call(lambda: sides.sender._poster.sources[sent._serial])
         assert source._released is copies
-        sides.sender._call(bad.let_go)
+        let_go(sides.sender)
         eventually(lambda: not sides.sender._call(lambda: dict(sides.sender._poster.sources)))
         assert source._released
 
@@ -363,8 +364,8 @@ def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(cop
 def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where it died on another host: nothing proves it, and nothing ever drains what it was sent."""
     monkeypatch.setattr(sending, "ABANDON_SECONDS", 0.3)
-    bad = Sockets()
-    bad.script = lambda n: LOSE if n >= 2 else WRITE
+    bad = Sockets(MemoryOptions())
+    script(bad, lambda n: LOSE if n >= 2 else WRITE)
     with Sides([bad], [memory()], peer_timeout=0.6, heartbeat=0.1) as sides:
         lost = sides.receiver
         monkeypatch.setattr(bad, "peer_state", lambda peer: PeerState.UNKNOWN)
@@ -378,7 +379,7 @@ def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: p
         assert not sides.sender._poster._posted
         eventually(lambda: not sides.sender._poster.sources)
         assert sides.sender.machine.abandoned
-        bad.script = lambda n: WRITE
+        script(bad, lambda n: WRITE)
         sides.receiver = receiving_side = receiver_like(sides)
         sides.carry(2)
         assert receiving_side.machine.peers

@@ -10,7 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from faulty import BREAK, FAIL, FAULTY, HOLD, LOSE, MUTE, RAISE, TEAR, WRITE, from_post, let_go
+from fault_kit import (
+    BREAK,
+    FAIL,
+    FAULTY,
+    HOLD,
+    LOSE,
+    MUTE,
+    RAISE,
+    TEAR,
+    WRITE,
+    from_post,
+    let_go,
+    proxy,
+    refuse_connections,
+    script,
+)
 from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, books, eventually, rows
 
 from tensorferry import errors
@@ -57,14 +72,14 @@ def test_a_resume_that_finds_no_room_fails_as_pool_timeout(kind: str, on_exhaust
         given = rows(TOKENS, layout=SMALL)
         slow = quay.sender.announce(1, TOKENS)
         slow.put(0, **part(given, 0, 64))
-        quay.sender.carriers.transports[0].script = lambda n: WRITE  # type: ignore[attr-defined]
+        script(quay.sender, lambda n: WRITE)
         first = quay.receive(1)
         eventually(lambda: first.sent_tokens == 64)
         quay.receiver._call(lambda: object.__setattr__(quay.receiver.settings, "transfer_deadline", deadline))
-        quay.sender.carriers.transports[0].script = from_post(0, HOLD)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(0, HOLD))
         hog = quay.sender.send(2, **rows(64, layout=SMALL))
         second = quay.receive(2)
-        eventually(lambda: len(quay.sender.carriers.transports[0].held) > 0)  # type: ignore[attr-defined]
+        eventually(lambda: len(proxy(quay.sender).held) > 0)
         eventually(lambda: quay.receiver.free_blocks == 0)
         slow.put(64, **part(given, 64, TOKENS))
         with pytest.raises(errors.PoolTimeout) as raised:
@@ -174,18 +189,18 @@ def test_a_write_to_a_block_that_nobody_was_granted_is_noticed() -> None:
 @pytest.mark.parametrize("what", [FAIL, RAISE, BREAK, TEAR])
 def test_a_transfer_that_is_interrupted_in_round_2_resumes(kind: str, what: str) -> None:
     with faulty_quay(kind, choose=CHOOSERS["lowest-first"]) as quay:
-        quay.sender.carriers.transports[0].script = from_post(3, what, 2)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(3, what, 2))
         receiving = quay.carry(TOKENS)
         assert sum(r.tokens for r in receiving.rounds) == TOKENS
-        assert quay.sender.carriers.transports[0].posts > 5  # type: ignore[attr-defined]
+        assert proxy(quay.sender).posts > 5
 
 
 @pytest.mark.parametrize("what", [LOSE, MUTE])
 def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind: str, what: str) -> None:
     with faulty_quay(kind) as quay:
-        quay.sender.carriers.transports[0].script = from_post(3, what, 1)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(3, what, 1))
         quay.carry(TOKENS)  # on the blocks that are left
-        left = len(quay.sender.carriers.transports[0].held[0].copies)  # type: ignore[attr-defined]
+        left = len(proxy(quay.sender).held[0].copies)
         assert left > 0
         eventually(lambda: "quarantined" in books(quay.receiver))
         assert quay.receiver.free_blocks < 8
@@ -197,7 +212,7 @@ def test_writes_of_unknown_outcome_keep_their_blocks_until_they_are_drained(kind
 def test_a_write_that_is_never_drained_costs_its_slab_and_nothing_else(kind: str) -> None:
     """F3: the slab is replaced; what lands late lands in memory that is nobody's."""
     with faulty_quay(kind, slabs=4, **QUICK) as quay:
-        quay.sender.carriers.transports[0].script = from_post(3, LOSE, 1)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(3, LOSE, 1))
         quay.carry(TOKENS)
         eventually(lambda: quay.receiver.free_blocks == 8)
         assert quay.receiver._call(lambda: quay.receiver._buffers.graveyard.nbytes) > 0
@@ -213,12 +228,12 @@ def test_a_write_that_is_never_drained_costs_its_slab_and_nothing_else(kind: str
 @pytest.mark.parametrize(("what", "error"), [(FAIL, errors.TransportError), (TEAR, errors.IntegrityError)])
 def test_a_transfer_whose_every_write_goes_wrong_fails_and_says_why(kind: str, what: str, error: type) -> None:
     with faulty_quay(kind, max_bumps=3) as quay:
-        quay.sender.carriers.transports[0].script = from_post(1, what)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(1, what))
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
         for transfer in (receiving, sending):
             with pytest.raises(error):
                 transfer.wait(PATIENCE)
-        quay.sender.carriers.transports[0].script = from_post(0, WRITE)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(0, WRITE))
         quay.carry(TOKENS)
 
 
@@ -226,9 +241,12 @@ def test_one_room_whose_posts_break_does_not_stop_the_others(kind: str) -> None:
     with faulty_quay(kind, max_bumps=2) as quay:
         bad = quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         lines = quay.sender._poster._lines
-        quay.sender.carriers.transports[0].script = lambda n: (  # type: ignore[attr-defined]
-            BREAK if any(line and line[0].write.serial == bad._serial for line in lines.values()) else WRITE
-        )
+
+        def breaks(n: int) -> str:
+            mine = any(line and line[0].write.serial == bad._serial for line in lines.values())
+            return BREAK if mine else WRITE
+
+        script(quay.sender, breaks)
         receiving = quay.receive(1)
         for room in range(2, 8):
             quay.carry(300, room=room)
@@ -242,7 +260,7 @@ def test_one_room_whose_posts_break_does_not_stop_the_others(kind: str) -> None:
 
 def test_a_session_that_is_refused_is_an_error_of_both_sides_and_blacklists_nobody(kind: str) -> None:
     with faulty_quay(kind, transfer_deadline=1.5) as quay:
-        quay.sender.carriers.transports[0].refuse_connections = 1  # type: ignore[attr-defined]
+        refuse_connections(quay.sender, 1)
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
         with pytest.raises(errors.PeerUnreachable, match="connection refused"):
             receiving.wait(PATIENCE)
@@ -254,7 +272,7 @@ def test_a_session_that_is_refused_is_an_error_of_both_sides_and_blacklists_nobo
 def test_a_session_that_is_invalid_at_the_resume_is_made_anew(kind: str, times: int) -> None:
     with faulty_quay(kind) as quay:
         sending, receiving, given = between_rounds(quay)
-        quay.sender.carriers.transports[0].refuse_connections = times  # type: ignore[attr-defined]
+        refuse_connections(quay.sender, times)
         replace_memory(quay)
         sending.put(320, **part(given, 320, TOKENS))
         assert_same(receiving.result(PATIENCE), given)
@@ -264,7 +282,7 @@ def test_a_session_that_is_invalid_at_the_resume_is_made_anew(kind: str, times: 
 def test_a_session_that_stays_invalid_at_the_resume_fails_and_says_why(kind: str) -> None:
     with faulty_quay(kind, max_bumps=2) as quay:
         sending, receiving, given = between_rounds(quay)
-        quay.sender.carriers.transports[0].refuse_connections = 1 << 60  # type: ignore[attr-defined]
+        refuse_connections(quay.sender, 1 << 60)
         replace_memory(quay)
         sending.put(320, **part(given, 320, TOKENS))
         for transfer in (receiving, sending):
@@ -320,9 +338,9 @@ def test_either_side_may_cancel_between_rounds_and_both_end(kind: str, who: str)
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_cancelling_under_a_write_frees_its_blocks_only_when_it_has_drained(kind: str, who: str) -> None:
     with faulty_quay(kind) as quay:
-        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(2, HOLD))
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
-        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
+        eventually(lambda: proxy(quay.sender).held)
         (sending if who == "sender" else receiving).cancel()
         for transfer in (sending, receiving):
             with pytest.raises(errors.Cancelled):
@@ -378,7 +396,7 @@ def test_a_restarted_sender_with_the_same_content_finishes_and_resends_nothing(k
         assert sum(r.tokens for r in receiving.rounds) == TOKENS
         assert receiving.rounds[-1].start >= 320
         per_block = -(-SMALL.token_bytes * BLOCK // 64) * 64
-        assert quay.sender.carriers.transports[0].bytes_posted <= blocks * (per_block + 128)  # type: ignore[attr-defined]
+        assert proxy(quay.sender).bytes_posted <= blocks * (per_block + 128)
 
 
 def test_a_restarted_sender_with_other_content_starts_over(kind: str) -> None:
@@ -437,10 +455,10 @@ def test_a_sender_that_does_not_come_back_is_lost_within_the_timeout(kind: str) 
 def test_a_sender_that_dies_with_blocks_in_its_hands_gives_them_back_by_its_end(kind: str) -> None:
     """F4: no slab has to be replaced, and other senders' rooms go on."""
     with faulty_quay(kind, **QUICK, clean=False) as quay:
-        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(2, HOLD))
         quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         receiving = quay.receive(1)
-        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
+        eventually(lambda: proxy(quay.sender).held)
         regions = quay.receiver._call(quay.receiver._buffers.regions)
         introduced(quay)
         quay.crash(quay.sender)
@@ -464,10 +482,10 @@ def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(kind: str, m
 
         monkeypatch.setattr(receiver.carriers.transports[0], "peer_state", lambda peer: PeerState.UNKNOWN)
         monkeypatch.setattr(receiver._buffers, "replace", no_memory)
-        quay.sender.carriers.transports[0].script = from_post(2, HOLD)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(2, HOLD))
         quay.sender.send(1, **rows(TOKENS, layout=SMALL))
         lost = quay.receive(1)
-        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
+        eventually(lambda: proxy(quay.sender).held)
         address = quay.sender.address
         quay.crash(quay.sender)
         with pytest.raises(errors.PeerLost):
@@ -534,9 +552,9 @@ def test_closing_an_endpoint_in_the_middle_cancels_on_both_sides(kind: str, who:
 
 def test_closing_while_writes_hang_is_bounded_and_ends_everything(kind: str) -> None:
     with faulty_quay(kind, clean=False) as quay:
-        quay.sender.carriers.transports[0].script = from_post(0, HOLD)  # type: ignore[attr-defined]
+        script(quay.sender, from_post(0, HOLD))
         sending, receiving = quay.sender.send(1, **rows(TOKENS, layout=SMALL)), quay.receive(1)
-        eventually(lambda: quay.sender.carriers.transports[0].held)  # type: ignore[attr-defined]
+        eventually(lambda: proxy(quay.sender).held)
         quay.sender.close()
         for transfer in (sending, receiving):
             with pytest.raises(errors.FerryError):
