@@ -269,7 +269,9 @@ def test_a_second_receiver_is_refused_and_an_interrupted_sender_tells_the_first(
         receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver,
     ):
         second = paste(f"{sender.command} --format json", tmp_path)
-        assert checked("receive", second.stdout)["error"]["code"] == "room_in_use"
+        refused = checked("receive", second.stdout)["error"]
+        assert (refused["code"], refused["cause"]) == ("room_in_use", "another receiver has room 17 open")
+        assert "run this again when that one is done" in refused["hint"]
         sender.process.send_signal(signal.SIGINT)
         status, _, errors = sender.end()
         assert (status, errors.splitlines()[0]) == (1, "error: interrupted (cancelled)")
