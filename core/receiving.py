@@ -22,7 +22,7 @@ from tensorferry.core.arguments import integer, text
 from tensorferry.core.buffers import Destination, PoolBuffers
 from tensorferry.core.carriers import Reach
 from tensorferry.core.digest import MODES
-from tensorferry.core.endpoint import Endpoint, closed_error
+from tensorferry.core.endpoint import CALL_SECONDS, Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
@@ -183,7 +183,7 @@ class Receiver(Endpoint):
                 return destination.rows(start, stop)
             except BadCall:
                 log.debug("room %d ended while its rows were read", transfer.room)  # the result has them
-        result = transfer.result()
+        result = transfer.result(CALL_SECONDS)  # what became of it is being told this instant
         return {name: tensor[start:stop] for name in result if (tensor := result[name]) is not None}
 
     # ---- effects -----------------------------------------------------------------------------------------------

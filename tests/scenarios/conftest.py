@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 # Test modules are imported by path (--import-mode=importlib), which puts no folder on sys.path for their helpers.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gpu_kit import StandIn, standing_in
 from scenario_kit import KINDS
 
 from tensorferry.core import handles
@@ -34,3 +36,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[handles.Transfer, list[str]]:
 
     monkeypatch.setattr(handles.Transfer, "_published", record)
     return statuses
+
+
+@pytest.fixture
+def gpu() -> Iterator[StandIn]:
+    """Two GPUs that are none: see gpu_kit.py."""
+    with standing_in() as stand_in:
+        yield stand_in
