@@ -19,6 +19,9 @@ from tensorferry.core.transport import Transport
 
 KINDS = ("memory", "mooncake", "nixl", "shm", "tcp")
 
+PROTOCOL = pytest.mark.parametrize("kind", ["memory", "tcp"], indirect=True)
+"""For what is the protocol's alone: a transport that is done at once, and one that is done later, tell all there is."""
+
 LAYOUT = tf.embedding_layout(64)
 """A hidden size of 64: at 128 tokens a block one component lies on its own, and two travel packed."""
 

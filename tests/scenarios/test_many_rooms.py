@@ -21,9 +21,8 @@ def lengths(seed: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("kind", "chooser", "window"),
-    [("memory", name, "rounds") for name in CHOOSERS]
-    + [("memory", "random", "auto"), ("mooncake", "random", "rounds"), ("shm", "random", "rounds")]
-    + [("tcp", "random", "rounds")],
+    [("memory", "highest-first", "rounds"), ("memory", "random", "auto")]
+    + [(kind, "random", "rounds") for kind in KINDS],
 )
 def test_300_rooms_at_once_all_arrive_and_leave_nothing(kind: str, chooser: str, window: str) -> None:
     """With the default first grant of the whole pool, offers and wishes in different orders, half of them early."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_same, eventually, rows
+from scenario_kit import CHOOSERS, PATIENCE, PROTOCOL, SMALL, Quay, assert_clean, assert_same, eventually, rows
 from test_table import CASES
 
 import tensorferry as tf
@@ -43,6 +43,7 @@ def send_when_free(quay: Quay, room: int, given: dict[str, Any]) -> tf.SendTrans
     return eventually(sent)  # type: ignore[no-any-return]
 
 
+@PROTOCOL
 @CASES
 def test_every_length_arrives_at_every_rank_in_the_same_rounds(
     kind: str, ranks: int, total: int, first_grant: int, pool: int, rounds: list[tuple[int, int]], seen: Any
@@ -105,6 +106,7 @@ def test_a_follower_holds_its_rows_until_the_leader_runs(kind: str) -> None:
         sending.wait(PATIENCE)
 
 
+@PROTOCOL
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cancels_ends_the_room_for_all(kind: str, ranks: int, rank: int) -> None:
     with Quay(kind, **SIZES, ranks=ranks) as quay:
@@ -121,6 +123,7 @@ def test_a_rank_that_cancels_ends_the_room_for_all(kind: str, ranks: int, rank: 
         assert all(t.result(PATIENCE).aux[0] == 50 for t in again)
 
 
+@PROTOCOL
 def test_a_rank_alone_with_a_room_is_rid_of_it_in_time(kind: str) -> None:
     """Its caller has left, and the leader, which knows nothing of the room, will never say what becomes of it."""
     quick = {"transfer_deadline": 0.6, "peer_timeout": 0.6, "announce_deadline": 0.6, "heartbeat": 0.1}
@@ -146,6 +149,7 @@ def test_a_sender_that_cancels_ends_the_room_for_all_ranks(kind: str, ranks: int
         every_error([*receiving, sending], errors.Cancelled)
 
 
+@PROTOCOL
 def test_a_rank_that_had_not_come_when_the_sender_cancelled_finds_that_use_and_not_the_next(kind: str) -> None:
     """Until announce_deadline; the rows are given back at once."""
     with Quay(kind, **SIZES, ranks=2, announce_deadline=1.0) as quay:
@@ -159,6 +163,7 @@ def test_a_rank_that_had_not_come_when_the_sender_cancelled_finds_that_use_and_n
         every_error([late], errors.Cancelled)
 
 
+@PROTOCOL
 def test_a_rank_that_cannot_go_on_votes_no_and_all_fail_with_its_error(kind: str) -> None:
     """A follower without memory for the rows: not the leader's trouble, and yet everybody's end."""
     with Quay(kind, **SIZES, ranks=2) as quay:
@@ -172,6 +177,7 @@ def test_a_rank_that_cannot_go_on_votes_no_and_all_fail_with_its_error(kind: str
         every_error([*receiving, sending], errors.TooLarge)
 
 
+@PROTOCOL
 def test_a_rank_that_never_comes_ends_the_room_for_all_at_the_deadline(kind: str) -> None:
     with Quay(kind, **SIZES, ranks=2, transfer_deadline=0.7, announce_deadline=0.7) as quay:
         leader = quay.receive(1, 0)
@@ -181,6 +187,7 @@ def test_a_rank_that_never_comes_ends_the_room_for_all_at_the_deadline(kind: str
         every_error([late], errors.DeadlineExceeded)
 
 
+@PROTOCOL
 def test_ranks_that_disagree_about_their_number_are_told_so(kind: str) -> None:
     with Quay(kind, **SIZES, ranks=2, announce_deadline=1.0) as quay:
         odd = quay.add_receiver(group=tf.Group(2, 3, quay.receiver.leader_address))
@@ -191,6 +198,7 @@ def test_ranks_that_disagree_about_their_number_are_told_so(kind: str) -> None:
         every_error([leader], errors.GroupMismatch)
 
 
+@PROTOCOL
 def test_a_framework_may_tell_the_ranks_itself(kind: str) -> None:
     """Followers without a leader's address wait for resolve, and the leader runs on the sender's word."""
     with Quay(kind, **SIZES) as quay:
@@ -248,6 +256,7 @@ def test_a_follower_that_crashes_ends_the_room_for_all(kind: str) -> None:
         assert_clean(quay.sender, quay.receiver)
 
 
+@PROTOCOL
 def test_a_group_of_one_is_no_group(kind: str) -> None:
     with Quay(kind, **SIZES) as quay:
         alone = quay.add_receiver(group=tf.Group(0, 1))
@@ -257,6 +266,7 @@ def test_a_group_of_one_is_no_group(kind: str) -> None:
         sending.wait(PATIENCE)
 
 
+@PROTOCOL
 def test_a_follower_whose_leader_is_not_there_says_so_in_bounded_time(kind: str) -> None:
     group = tf.Group(1, 2, leader="tcp://127.0.0.1:9")
     with tf.Sender(SMALL, transport=kind) as sender, tf.Receiver(SMALL, transport=kind, group=group, **QUICK) as rank1:

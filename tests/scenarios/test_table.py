@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_same, eventually, rows
+from scenario_kit import CHOOSERS, KINDS, PATIENCE, SMALL, Quay, assert_same, eventually, rows
 
 Rounds = list[tuple[int, int]]
 
@@ -77,8 +77,15 @@ def rows_of(total: int) -> Any:
 
 @CASES
 @pytest.mark.parametrize(
-    ("window", "mode"),
-    [("auto", "optimistic"), ("auto", "announced"), ("rounds", "announced"), (1, "announced"), (3, "optimistic")],
+    ("kind", "window", "mode"),
+    [
+        *(
+            (kind, window, mode)
+            for kind in ("memory", "tcp")
+            for window, mode in (("auto", "announced"), ("rounds", "announced"), (1, "announced"), (3, "optimistic"))
+        ),
+        *((kind, "auto", "optimistic") for kind in KINDS),
+    ],
 )
 def test_every_length_arrives_whatever_the_window_and_the_first_grant(
     kind: str, mode: str, window: str | int, total: int, first_grant: int, pool: int, rounds: Rounds
