@@ -8,6 +8,7 @@ VENV ?= .venv
 export VENV
 BIN := $(VENV)/bin
 ARGS ?=
+REPORTS ?=
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -79,6 +80,16 @@ fuzz: ## ten minutes of frames and messages that nobody should send (ARGS="--sec
 transcripts: ## record the golden transcripts anew
 	@scripts/setup dev
 	$(BIN)/python -m tensorferry.conformance.protocol.transcripts --write
+
+# A transport that fails has a report as well, and one that cannot run here has none: both can be seen in the page.
+.PHONY: conformance-matrix
+conformance-matrix: ## every transport through the suite, one after the other, into docs/conformance-matrix.md
+	@scripts/setup engines
+	@for name in memory shm tcp mooncake nixl; do \
+		$(BIN)/tensorferry conformance run $$name --tier verify --report build/conformance/$$name $(ARGS) \
+			|| echo "$$name: exit status $$?"; \
+	done
+	$(BIN)/python scripts/write_conformance_matrix.py $(REPORTS) build/conformance/*/
 
 .PHONY: conformance-rdma
 conformance-rdma: ## the conformance suite's transport rules on mooncake over RDMA verbs, in a throw-away VM

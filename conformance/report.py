@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +21,9 @@ from tensorferry.conformance.runner import Report
 from tensorferry.core.transport import CONTRACT_VERSION
 
 SCHEMA_VERSION = 1
+
+ENGINES = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "nixl")
+"""Distributions whose version bears on a result; those that are installed stand among the host's facts."""
 
 MARKS = {
     Verdict.PASS: "✅",
@@ -47,6 +52,7 @@ def as_dict(report: Report, *, strict: bool = False) -> dict[str, Any]:
             "capabilities": _capabilities(report),
         },
         "suite": {"version": SUITE_VERSION, "tensorferry": __version__, "contract": CONTRACT_VERSION},
+        "date": datetime.now(UTC).date().isoformat(),
         "host": host(),
         "tier": report.tier.name.lower(),
         "seed": report.seed,
@@ -72,7 +78,17 @@ def host() -> dict[str, str]:
         "kernel": platform.release(),
         "machine": platform.machine(),
         "cpus": str(os.cpu_count() or 0),
-    }
+    } | _engines()
+
+
+def _engines() -> dict[str, str]:
+    found = {}
+    for name in ENGINES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

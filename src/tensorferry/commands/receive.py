@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         if isinstance(error, LayoutMismatch):
             error.hint = "Paste the command that `tensorferry send` prints: its --layout describes the file"
         elif isinstance(error, RoomInUse):
-            error.hint = "`tensorferry send` serves one at a time, --count of them: run this again when that one is done"
+            error.hint = "`tensorferry send` serves --count receivers in turn: run this again when that one is done"
     except KeyboardInterrupt:
         if report["status"] != "ok":  # else the file is there, and only the receipt was cut short
             error = Cancelled("interrupted", hint=f"{args.output} was not written; the command can be run again")
