@@ -6,7 +6,8 @@
 `make conformance-matrix` does both. A column is a transport, or a transport over RDMA verbs where its report was made
 with require=rdma; of two reports for one column the later named counts. What has no report was not run, and the page
 says so. `--check` says whether the page lists the rules of conformance/rules.toml, in their order (exit 1 if not): the
-verdicts are those of the reports and grow old with them.
+verdicts are those of the reports and grow old with them. `--rules` gives the page the rules of today, the new ones as
+not run, and leaves the verdicts as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ COLUMNS = ("memory", "shm", "tcp", "mooncake", "nixl", f"mooncake{OVER_VERBS}", 
 """What this repository ships, and how."""
 
 NOT_RUN = "-"
+
+NOT_PASSED = "## What did not pass"
 
 INTRODUCTION = f"""\
 # Rules by transports
@@ -52,6 +56,9 @@ def main() -> int:
     words = sys.argv[1:]
     if words == ["--check"]:
         return int(not PAGE.is_file() or listed(PAGE.read_text(encoding="utf-8")) != list(rules()))
+    if words == ["--rules"]:
+        PAGE.write_text(with_todays_rules(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     if not words:
         print(__doc__, file=sys.stderr)
         return 2
@@ -81,16 +88,12 @@ def row(*cells: str) -> str:
 def page(reports: dict[str, Report]) -> str:
     columns = [*COLUMNS, *(name for name in reports if name not in COLUMNS)]
     verdicts = {name: {f["rule"]: Verdict(f["verdict"]) for f in r["findings"]} for name, r in reports.items()}
-    lines = [INTRODUCTION, "## The runs", "", *runs(columns, reports), ""]
-    for family, title in FAMILIES.items():
-        of_family = [rule for rule in rules().values() if rule.family == family]
-        if not of_family:
-            continue
-        lines += [f"## {family}: {title}", "", row("rule", "level", *columns), "|---|---|" + "---|" * len(columns)]
-        for rule in of_family:
-            found = (verdicts.get(name, {}).get(rule.id) for name in columns)
-            lines.append(row(rule.id, rule.level.name, *(MARKS[v] if v else NOT_RUN for v in found)))
-        lines.append("")
+
+    def marks(rule: str) -> list[str]:
+        found = (verdicts.get(name, {}).get(rule) for name in columns)
+        return [MARKS[verdict] if verdict else NOT_RUN for verdict in found]
+
+    lines = [INTRODUCTION, "## The runs", "", *runs(columns, reports), "", *tables(columns, marks)]
     told = [
         row(name, finding["rule"], finding["verdict"], without_paths(finding["message"]))
         for name in columns
@@ -99,15 +102,29 @@ def page(reports: dict[str, Report]) -> str:
     ]
     if told:
         # The rule is not the first cell: a line of these is no line of the matrix.
-        lines += [
-            "## What did not pass",
-            "",
-            row("transport", "rule", "verdict", "why"),
-            "|---|---|---|---|",
-            *told,
-            "",
-        ]
-    return "\n".join(lines)
+        lines += [NOT_PASSED, "", row("transport", "rule", "verdict", "why"), "|---|---|---|---|", *told, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def tables(columns: list[str], marks: Callable[[str], list[str]]) -> list[str]:
+    lines = []
+    for family, title in FAMILIES.items():
+        of_family = [rule for rule in rules().values() if rule.family == family]
+        if of_family:
+            lines += [f"## {family}: {title}", "", row("rule", "level", *columns), "|---|---|" + "---|" * len(columns)]
+            lines += [row(rule.id, rule.level.name, *marks(rule.id)) for rule in of_family] + [""]
+    return lines
+
+
+def with_todays_rules(text: str) -> str:
+    """The page with a line for each rule that there is; the marks that it has stay."""
+    start = text.index(f"## {next(iter(FAMILIES))}: ")
+    end = text.find(NOT_PASSED) if NOT_PASSED in text else len(text)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[start:end].splitlines()]
+    columns = next(line[2:] for line in cells if line[0] == "rule")
+    known = {line[0]: line[2:] for line in cells if len(line) > 2}
+    made = tables(columns, lambda rule: known.get(rule, [NOT_RUN] * len(columns)))
+    return text[:start] + "\n".join([*made, text[end:]]).rstrip() + "\n"
 
 
 def runs(columns: list[str], reports: dict[str, Report]) -> list[str]:
@@ -124,7 +141,6 @@ def runs(columns: list[str], reports: dict[str, Report]) -> list[str]:
         kernel = re.match(r"[\d.]*\d", host["kernel"])  # without what a distribution or a cloud puts behind it
         counted = Counter(finding["verdict"] for finding in report["findings"])
         counts = [f"{counted[v]} {v}" for v in Verdict if counted[v]]
-        counts += [f"{left} not run"] if (left := len(rules()) - len(report["findings"])) else []
         engine = [f"{e} {host[e]}" for e in ENGINES if e in host and e.startswith(report["transport"]["name"])]
         options = [f"{n}={v}" for n, v in report["transport"]["options"].items()]
         lines.append(
