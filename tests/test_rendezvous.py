@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -22,6 +23,8 @@ from hypothesis import strategies as st
 
 import tensorferry as tf
 from tensorferry import cli, errors
+from tensorferry.commands.serving import Serving
+from tensorferry.commands.token_file import open_file
 from tensorferry.core.directory import Directory, Entry
 from tensorferry.plugins import rendezvous
 from tensorferry.plugins.rendezvous import Publication, find, open_directory
@@ -593,6 +596,17 @@ def test_a_file_is_received_by_the_senders_name(tmp_path: Path, url, directory, 
     words = ["--from", "encoder-0", "--directory", url, "--peer-timeout", "1.5", "--layout", "x:float32:4", "-o", out]
     assert cli.main(["receive", "--room", "17", "--transport", "memory", *words]) == 1
     assert "nobody is found under 'encoder-0' in" in capsys.readouterr().err
+
+
+def test_send_says_once_that_its_name_is_lost_and_found(tmp_path: Path):
+    serving = Serving(open_file(str(small_file(tmp_path / "clip.safetensors"))), 17, 1, receipts=True, publish="x")
+    said: list[str] = []
+    view, publication = SimpleNamespace(line=said.append), SimpleNamespace(error=None)
+    serving._publication = publication
+    for error in (None, errors.NameTaken("another has it"), errors.NameTaken("another has it"), None, None):
+        publication.error = error
+        serving._look(view)
+    assert said == ["not found by name: another has it", "found as x again"]
 
 
 def test_a_name_without_a_directory_and_a_directory_without_a_server_are_errors(
