@@ -96,6 +96,11 @@ conformance-rdma: ## the conformance suite's transport rules on mooncake over RD
 	@scripts/setup engines
 	scripts/conformance-rdma $(ARGS)
 
+.PHONY: cuda
+cuda: ## the tests that need a GPU, on a machine that has one (docs/cuda.md; TORCH_INDEX=... for a CUDA build of torch)
+	@scripts/setup dev
+	FERRY_NEEDS_GPU=1 $(BIN)/pytest -p no:xdist tests/gpu $(ARGS)
+
 .PHONY: engines
 engines: ## add the optional engines (Mooncake, NIXL) and the system libraries that they need
 	@scripts/setup engines

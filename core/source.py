@@ -129,6 +129,11 @@ class Source:
             nbytes = count * self.layout[name].token_bytes
             pieces[name] = Memory(tensor.data_ptr(), nbytes, kind, tensor, device)
         away = {memory.place for memory in pieces.values()} - {HOST}
+        if len(away | {self.place} - {HOST}) > 1:
+            raise BadTensor(
+                f"rows on {_listed(sorted(map(str, away | {self.place} - {HOST})))}: one transfer's lie on one GPU",
+                hint="Move them together: .to(device)",
+            )
         computed = Arriving(away) if away else OVER
         with self._putting:  # held for an instant: `release` needs it, in the I/O thread
             self._check_next(start)

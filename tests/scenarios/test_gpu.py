@@ -17,7 +17,7 @@ from scenario_kit import LAYOUT, PATIENCE, Quay, assert_clean, assert_same, even
 import tensorferry as tf
 from tensorferry.core import copying
 from tensorferry.core.endpoint import BUSY_POLL
-from tensorferry.core.errors import ConfigError, DeviceError, TooLarge
+from tensorferry.core.errors import BadTensor, ConfigError, DeviceError, TooLarge
 from tensorferry.core.memory import Memory
 from tensorferry.core.posting import Prepared
 from tensorferry.core.receiving import Receiver
@@ -117,6 +117,20 @@ def _few_copies(gpu: StandIn) -> GpuTransport:
     transport = GpuTransport(gpu, **IN_PLACE)
     transport.capabilities = replace(transport.capabilities, max_copies=3)
     return transport
+
+
+def test_rows_on_two_gpus_are_refused(gpu: StandIn) -> None:
+    given = rows(300)
+    there = gpu.rows(given, 1)
+    with quay(gpu) as here:
+        with pytest.raises(BadTensor, match="rows on cuda:0, cuda:1: one transfer's lie on one GPU"):
+            here.sender.send(1, **{**there, **gpu.rows({"fill_ids": given["fill_ids"]}, 0)})
+        sending = here.sender.announce(1, 300)
+        sending.put(0, **{name: tensor[:100] for name, tensor in there.items()})
+        with pytest.raises(BadTensor, match="one transfer's lie on one GPU"):
+            sending.put(100, **{name: tensor[100:] for name, tensor in gpu.rows(given, 0).items()})
+        sending.put(100, **{name: tensor[100:] for name, tensor in there.items()})
+        assert_same(here.receive().result(PATIENCE), given)
 
 
 # ---- the copy's end, and not its beginning -------------------------------------------------------------------

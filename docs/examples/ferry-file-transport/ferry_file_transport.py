@@ -319,7 +319,7 @@ class FileTransport(Transport):
 
     # ---- our memory
 
-    def allocate(self, nbytes: int, kind: str = "cpu") -> Memory:
+    def allocate(self, nbytes: int, kind: str = "cpu", device: int = 0) -> Memory:
         self._check_open()
         if kind != "cpu":
             raise Unsupported(f"cannot allocate {kind} memory", transport=self.name)
