@@ -41,7 +41,7 @@ class Status(IntEnum):
     PENDING = 0
     DONE = 1  # every byte of every copy is placed
     FAILED = 2  # at least one byte is not placed, and nothing can land any more
-    UNKNOWN = 3  # anything else, time-outs included: bytes may still land
+    UNKNOWN = 3  # anything else, time-outs included: bytes may still land, and it may become known what they did
 
 
 class PeerState(StrEnum):
@@ -228,8 +228,9 @@ class Transport(ABC):
 
     @abstractmethod
     def poll(self, handle: int) -> Status:
-        """Never blocks. A terminal status is repeated for ever until `release`, also after `close`. Raises BadCall for
-        a handle that is unknown or released."""
+        """Never blocks. DONE and FAILED are repeated for ever until `release`, also after `close`. UNKNOWN is, too, or
+        gives way to DONE or FAILED when it is known what became of the batch; PENDING never comes again. Raises BadCall
+        for a handle that is unknown or released."""
 
     @abstractmethod
     def drained(self, handle: int) -> bool:
@@ -237,8 +238,8 @@ class Transport(ABC):
 
     def source_free(self, handle: int) -> bool:
         """The local side of this handle's copies is not read any more and may be written to. Monotone; `drained`
-        implies it. An engine that can tell it earlier, as where a write's outcome is unknown and nothing is left to
-        send, says so here: else what a lost peer was sent is held for ever."""
+        implies it, and so does DONE. An engine that can tell it earlier, as where a write's outcome is unknown and
+        nothing is left to send, says so here: else what a lost peer was sent is held for ever."""
         return self.drained(handle)
 
     @abstractmethod
