@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from correct import CORRECT
 
@@ -46,14 +44,6 @@ def test_a_transport_that_is_right_in_another_way_passes(cls: type[Transport]) -
     }
     passed = {finding.rule for finding in report.of(Verdict.PASS)}
     assert passed.issuperset(needed.get(cls.name, ()))
-
-
-def test_the_documents_example_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    example = Path(__file__).parent.parent.parent / "docs" / "examples" / "ferry-file-transport"
-    monkeypatch.syspath_prepend(str(example))
-    monkeypatch.setenv("FERRY_FILE_DIRECTORY", "/dev/shm")
-    report = run("ferry_file_transport:FileTransport", tier="quick", seed=22, rules="transport,WM-4,TP-3")
-    assert failures(report) == []
 
 
 def test_what_is_not_declared_does_not_apply() -> None:
