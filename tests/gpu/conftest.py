@@ -1,4 +1,4 @@
-"""These tests run on a GPU or not at all. `make cuda` sets FERRY_NEEDS_GPU, under which they fail where there is none."""
+"""These tests run on a GPU or not at all. Under FERRY_NEEDS_GPU (`make cuda` sets it) they fail where there is none."""
 
 from __future__ import annotations
 
