@@ -329,7 +329,12 @@ def _has_some(transfer: Any) -> bool:
 @check("CN-3")
 def cancelled_before_the_other_came(stage: Stage) -> None:
     with Ferry(stage, pool=4) as ferry:
-        ferry.receiver.receive(1, ferry.sender.address).cancel()
+        waiting = ferry.receiver.receive(1, ferry.sender.address)
+        open_there: Callable[[], bool] = lambda: waiting.status == "WAITING_FOR_INPUT"  # noqa: E731
+        stage.expect(stage.eventually(open_there), f"a receiver that waits for its sender is {waiting.status}")
+        waiting.cancel()
+        told = ferry.sender.send(1, **ferry.rows(10 * BLOCK, 1))  # it comes too late, and hears that
+        _ends(stage, told, "a sender whose receiver was cancelled before it came")
         sending = ferry.sender.send(2, **ferry.rows(10 * BLOCK, 2))
         sending.cancel()
         _ends(stage, sending, "a sender that was cancelled before anybody came")
