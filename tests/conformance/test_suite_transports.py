@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from correct import CORRECT
 
+from tensorferry.backends.mooncake import MooncakeTransport
+from tensorferry.backends.nixl import NixlTransport
 from tensorferry.conformance import Verdict, run
 from tensorferry.conformance.runner import Report
 from tensorferry.core.transport import Transport
@@ -12,23 +14,43 @@ from tensorferry.core.transport import Transport
 # What takes a hook that no first-party transport has, or a state that they do not come into by themselves.
 OPEN = {"CON-7", "PEE-8", "FEN-2", "ERR-5", "FEN-6", "FEN-7"}
 
-OPTIONS = {"mooncake": {"host": "127.0.0.1"}}
+OPTIONS = {
+    "mooncake": {"host": "127.0.0.1"},
+    # One worker: an agent starts in half the time, and hundreds are started. The run over TCP has the default, two.
+    "nixl": {"workers": 1},
+}
 
 
 def failures(report: Report) -> list[str]:
     return [f"{f.rule}: {f.message}" for f in report.of(Verdict.FAIL)] + report.defects
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["memory", "mooncake", "shm", "tcp"])
+def need(name: str) -> None:
+    engines: dict[str, type[Transport]] = {"mooncake": MooncakeTransport, "nixl": NixlTransport}
+    if name in engines and not (probe := engines[name].probe()).usable:
+        pytest.skip(f"needs {name}: {probe.reason}")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", ["memory", "mooncake", "nixl", "shm", "tcp"])
 def test_a_first_party_transport_keeps_every_rule(name: str) -> None:
-    if name == "mooncake":
-        pytest.importorskip("mooncake", reason="needs mooncake: the engine is not installed")
+    need(name)
     report = run(name, OPTIONS.get(name), tier="verify", seed=20)
     assert failures(report) == []
     assert report.exit_code(strict=True) == 0
     assert {finding.rule for finding in report.of(Verdict.INCONCLUSIVE)} <= OPEN
     assert len(report.of(Verdict.PASS)) > 100
+
+
+@pytest.mark.timeout(200)
+def test_nixl_over_tcp_keeps_the_rules_that_are_about_connections_and_their_ends() -> None:
+    """On one host UCX copies between the processes; what it does otherwise, between hosts without RDMA, is this."""
+    need("nixl")
+    rules = "LIF,CON,XFR-1,XFR-4,BND-1,ERR,PEE,FEN,RES-5"
+    report = run("nixl", {"require": "tcp"}, tier="verify", seed=20, rules=rules)
+    assert failures(report) == []
+    assert {finding.rule for finding in report.of(Verdict.INCONCLUSIVE)} <= OPEN
+    assert len(report.of(Verdict.PASS)) > 30
 
 
 @pytest.mark.timeout(200)
