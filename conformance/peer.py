@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import msgspec
 
-from tensorferry.conformance.patterns import GUARD, difference, pattern
+from tensorferry.conformance.patterns import GUARD, SEAL, difference, pattern
 from tensorferry.conformance.target import Spec, resolve
 from tensorferry.core.errors import FerryError
 from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Transport
@@ -103,6 +103,21 @@ class Peer:
     def differs(self, offset: int, nbytes: int, seed: str, index: int = 0) -> str:
         self.flush(index)
         return difference(self.regions[index].memory.view(offset, nbytes), pattern(seed, nbytes))
+
+    def seal(self, pieces: list[list[int]], index: int = 0) -> None:
+        """Fill these [offset, nbytes] with SEAL."""
+        self.flush(index)
+        for offset, nbytes in pieces:
+            self.regions[index].memory.view(offset, nbytes)[:] = bytes([SEAL]) * nbytes
+
+    def unsealed(self, pieces: list[list[int]], index: int = 0) -> str:
+        """Where SEAL stands no more."""
+        self.flush(index)
+        for offset, nbytes in pieces:
+            view = self.regions[index].memory.view(offset, nbytes)
+            if wrong := difference(view, bytes([SEAL]) * nbytes, offset):
+                return wrong
+        return ""
 
     def digest(self, offset: int, nbytes: int, index: int = 0) -> str:
         self.flush(index)

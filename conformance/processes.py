@@ -72,10 +72,13 @@ class PeerProcess:
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+    def kill(self, *, reap: bool = True) -> None:
+        """SIGKILL, and wait for the end. Not reaped, it stays a zombie until `end`, as in a container whose first
+        process waits for nobody."""
         self.popen.kill()
-        self.popen.wait()
+        os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
+        if reap:
+            self.popen.wait()
 
     def stop(self) -> None:
         """SIGSTOP, and wait until each of its threads has stopped."""

@@ -16,6 +16,7 @@ from tensorferry.core.transport import Copy, Fence, Region, Status
 NBYTES = 4 << 20
 SHOTS = 8
 ENDS_WITHIN_S = 60.0 * FACTOR
+CLOSED = "a close of the writer"
 
 
 @dataclass
@@ -38,6 +39,10 @@ class Scene:
     shots: list[Shot]
     readable: bool
     """The targets may still be read: their transport is open, or their memory is the suite's."""
+
+    @property
+    def flushes(self) -> bool:
+        return self.pair.owner.capabilities.needs_flush and not self.name.endswith("owner")
 
 
 @dataclass
@@ -107,7 +112,7 @@ EVENTS: dict[str, Callable[[Pair, list[Shot]], None]] = {
     "a cancel": _cancel,
     "a retire": _retire,
     "a disconnect": _disconnect,
-    "a close of the writer": _close_writer,
+    CLOSED: _close_writer,
     "a close of the target's owner": _close_owner,
 }
 
@@ -145,6 +150,8 @@ def _fates(stage: Stage) -> list[Fate]:
     if Fence.DRAIN in scenes[0].pair.writer.capabilities.fences:
         deadline = time.monotonic() + ENDS_WITHIN_S
         for scene in scenes:
+            if scene.name == CLOSED:
+                continue  # what would find out has ended
             unknown = [shot.handle for shot in scene.shots if shot.status is Status.UNKNOWN]
             stage.drained(scene.pair.writer, unknown, max(0.0, deadline - time.monotonic()))
     for scene in scenes:
@@ -157,7 +164,6 @@ def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
     """Until each post has an outcome. At the first moment of one, the bytes of what is DONE are compared, and nothing
     may land any more where it is drained or FAILED: the target is sealed."""
     pair, waiting = scene.pair, list(scene.shots)
-    flushes = pair.owner.capabilities.needs_flush and not scene.name.endswith("owner")
     deadline = time.monotonic() + ENDS_WITHIN_S
     while waiting and time.monotonic() < deadline:
         for shot in list(waiting):
@@ -172,7 +178,7 @@ def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
             waiting.remove(shot)
             fate = seen[id(shot)] = Fate(scene.name, shot.status, shot.drained)
             if scene.readable and (shot.drained or shot.status is not Status.UNKNOWN):
-                if flushes:  # what is placed and not yet visible is not what lands later
+                if scene.flushes:  # what is placed and not yet visible is not what lands later
                     pair.flush(shot.region)
                 fate.lost = lost(shot) if shot.status is Status.DONE else ""
                 stage.seal(shot.region)
@@ -199,6 +205,8 @@ def _look_on(stage: Stage, scenes: list[Scene], seen: dict[int, Fate]) -> None:
                 fate = seen[id(shot)]
                 sealed = scene.readable and (shot.drained or shot.status is not Status.UNKNOWN)
                 if sealed and not fate.landed:
+                    if scene.flushes:  # what came late into a shadow shows then
+                        scene.pair.flush(shot.region)
                     view = shot.region.memory.view()
                     fate.landed = difference(view, bytes([SEAL]) * len(view))
 

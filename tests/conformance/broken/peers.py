@@ -110,7 +110,7 @@ class GivesUpOnTheStopped(KnowsPids):
     def poll(self, handle: int) -> Status:
         status = super().poll(handle)
         many = len(self._batches) == 24  # one look at the process for each of many polls is slow
-        return Status.UNKNOWN if many and stopped(self._whose[handle]) else status
+        return Status.FAILED if many and stopped(self._whose[handle]) else status
 
 
 @broken({"PEE-8": "DONE"})

@@ -15,6 +15,7 @@ from broken.pids import KnowsPids
 from tensorferry.backends._copier import memmove
 from tensorferry.backends.memory import MemoryTransport
 from tensorferry.backends.shm import ShmTransport
+from tensorferry.backends.tcp import TcpTransport
 from tensorferry.core.errors import BadCall
 from tensorferry.core.transport import Copy, Fence, PeerState, Region, Status
 
@@ -272,6 +273,45 @@ class LosesWakes(MemoryTransport):
         super().on_progress(some)
 
 
+@broken({"WAK-2": "after a close of the target's owner, . posts are FAILED and nobody was woken"})
+class WakesForSuccessAlone(MemoryTransport):
+    _wakes = False
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        def some() -> None:
+            if not any(batch.status is Status.FAILED for batch in list(self._batches.values())):
+                wake()
+
+        self._wakes = True
+        super().on_progress(some)
+
+    def _start(self, peer: Any, batch: Any, plan: Any) -> None:
+        if self._wakes and len(plan) == 2:  # these are to be on their way when their target is closed
+            timer = threading.Timer(0.5, super()._start, (peer, batch, plan))
+            timer.daemon = True
+            timer.start()
+        else:
+            super()._start(peer, batch, plan)
+
+
+@broken({"WAK-5": "while the wake function runs, post waits"})
+class WakesUnderItsLock(MemoryTransport):
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self._mine = threading.Lock()
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        def locked() -> None:
+            with self._mine:
+                wake()
+
+        super().on_progress(locked)
+
+    def post(self, peer: Any, copies: Sequence[Copy]) -> int:
+        with self._mine:
+            return super().post(peer, copies)
+
+
 @broken({"WAK-3": "still|ended|PENDING|FAILED|raise"})
 class StopsWhenWakingFails(MemoryTransport):
     def on_progress(self, wake: Callable[[], None]) -> None:
@@ -338,3 +378,23 @@ class ReadsWhenItIsFlushed(Flushing):
     def _fetch(self, placed: tuple[Any, ...], live: Region) -> None:
         _, offset, nbytes, source = placed
         memmove(live.memory.address + offset, source, nbytes)
+
+
+@broken({"ERR-5": "posts to a stopped process, release took .* that are not drained"})
+class ReleasesTheUnknown(TcpTransport):
+    def release(self, handle: int) -> None:
+        if self.poll(handle) is not Status.UNKNOWN:
+            super().release(handle)
+
+
+@broken({"FEN-4": "was drained.* landed when the process went on|when its handle was drained"})
+class DrainsTheUnknown(TcpTransport):
+    def drained(self, handle: int) -> bool:
+        return super().drained(handle) or self.poll(handle) is Status.UNKNOWN
+
+
+@broken({"FEN-5": "of a peer that we have only disconnected"})
+class BuriesWhatItForgets(MemoryTransport):
+    def peer_state(self, peer: Any) -> PeerState:
+        state = super().peer_state(peer)
+        return state if peer.connected else PeerState.GONE
