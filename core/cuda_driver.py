@@ -10,6 +10,7 @@ Not run on a GPU by its authors; the calls and numbers are those of cuda.h (the 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 import weakref
@@ -20,6 +21,8 @@ from typing import Any
 
 from tensorferry.core.errors import DeviceError, TooLarge
 from tensorferry.core.memory import Memory
+
+log = logging.getLogger("tensorferry.devices")
 
 LIBRARY = "libcuda.so.1"
 
@@ -105,14 +108,20 @@ class Driver:
         return Memory(memory.address, memory.nbytes, memory.kind, _Pinned(self, memory, device), memory.device)
 
     def free(self, address: int, device: int) -> None:
-        if os.getpid() == self._pid:  # a forked child has the numbers and not the memory
-            with self._current(device):
-                self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        self._undo("cuMemFree_v2", ctypes.c_uint64(address), device)
 
     def unpin(self, memory: Memory, device: int) -> None:
-        if os.getpid() == self._pid:
+        self._undo("cuMemHostUnregister", ctypes.c_void_p(memory.address), device)
+
+    def _undo(self, name: str, address: object, device: int) -> None:
+        """Called when an object goes: whatever is wrong has nobody left to be told to."""
+        if os.getpid() != self._pid:  # a forked child has the numbers and not the memory
+            return
+        try:
             with self._current(device):
-                self._call("cuMemHostUnregister", ctypes.c_void_p(memory.address))
+                self._call(name, address)
+        except DeviceError as problem:
+            log.warning("memory of cuda:%d is not given back: %s", device, problem)
 
     def flush(self, device: int) -> None:
         """What a card has written to a device's memory is visible to it from here on. Does nothing where the hardware

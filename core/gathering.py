@@ -73,14 +73,16 @@ class Gatherer:
             self._begin(g)
         except Exception as problem:  # noqa: BLE001 - logged there
             self._give_up(g.xfer, [index for index, _, _ in g.items], problem)
+        self.finish()
 
     def _give_up(self, xfer: int, indices: list[int], problem: Exception) -> None:
-        t = self._machine.transfers[xfer]
+        t = self._machine.transfers.get(xfer)
+        room = t.room if t is not None else "that is over"
         log.log(
             logging.WARNING if isinstance(problem, DeviceError) else logging.ERROR,
-            "gathering for room %d failed: %s", t.room, problem, exc_info=not isinstance(problem, FerryError),
+            "gathering for room %s failed: %s", room, problem, exc_info=not isinstance(problem, FerryError),
         )  # fmt: skip
-        pending = [index for index in indices if index in t.gathering]
+        pending = [index for index in indices if t is not None and index in t.gathering]
         error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
         self._do(self._machine.fail(xfer, error))
         if pending:
@@ -96,7 +98,6 @@ class Gatherer:
         pairs = ((index, block) for index, block, _ in items)
         reading = self._buffers.read(pairs, facts.total, destination.names, facts.integrity)
         self._verifying.append(Verifying(g.xfer, items, facts, destination, reading))
-        self.finish()
 
     def _verify_and_copy(self, v: Verifying) -> None:
         good: list[tuple[int, int]] = []

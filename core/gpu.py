@@ -123,6 +123,8 @@ class Gpu(Device):
             raise DeviceError(f"the GPU gives no stream: {first_line(error)}") from error
 
     def view(self, memory: Memory) -> View:
+        if not memory.nbytes:  # no rows: neither torch nor CUDA takes an address for that
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         if memory.kind != self._runtime.kind:
             return torch.frombuffer(memory.view(), dtype=torch.uint8)
         try:

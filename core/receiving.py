@@ -446,10 +446,10 @@ class Receiver(Endpoint):
         bound = {t.sender for t in self.machine.transfers.values()}
         for inc, known in list(self._known.items()):
             if known.reach.quiet:
+                self._settle(lambda t, inc=inc: t.sender == inc)  # type: ignore[misc]
                 del self._known[inc]
                 known.reach.disconnect()
                 self._buffers.graveyard.exhume(inc)
-                self._settle(lambda t, inc=inc: t.sender == inc)  # type: ignore[misc]
                 self._do(self.machine.peer_gone(inc))
             elif inc not in current | waiting | bound and not self._buffers.graveyard.nbytes_of(inc):
                 del self._known[inc]

@@ -134,6 +134,17 @@ def test_host_memory_is_locked_for_as_long_as_what_was_given_lives(driver: Drive
     assert len(library.of("cuMemHostUnregister")) == 1
 
 
+def test_a_gpu_that_is_dead_is_not_asked_twice_for_what_goes(
+    driver: Driver, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = driver.allocate(64, 0)
+    library.fails["cuMemFree_v2"] = 700
+    del memory
+    gc.collect()
+    assert "memory of cuda:0 is not given back: cuMemFree_v2 failed" in caplog.text
+    assert library.context == []
+
+
 # ---- flush ---------------------------------------------------------------------------------------------------
 
 

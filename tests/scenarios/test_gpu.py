@@ -119,6 +119,18 @@ def _few_copies(gpu: StandIn) -> GpuTransport:
     return transport
 
 
+@pytest.mark.parametrize("pool", ["cpu", "cuda"])
+@pytest.mark.parametrize("destination", ["cpu", "cuda"])
+def test_no_rows_at_all_and_a_rank_that_takes_none(gpu: StandIn, pool: str, destination: str) -> None:
+    with quay(gpu, pool_device=pool, destination_device=destination, ranks=2) as here:
+        for room, given in ((1, rows(0)), (2, rows(300))):
+            here.sender.send(room, **given)
+            taking, dummy = here.receive(room), here.receive(room, 1, dummy=True)
+            assert_same(taking.result(PATIENCE), given)
+            result = dummy.result(PATIENCE)
+            assert [len(result[name]) for name in given] == [0, 0, 0]  # type: ignore[arg-type]
+
+
 def test_rows_on_two_gpus_are_refused(gpu: StandIn) -> None:
     given = rows(300)
     there = gpu.rows(given, 1)
