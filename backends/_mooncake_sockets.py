@@ -8,12 +8,12 @@ on their way to our memory.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from tensorferry.backends._own_sockets import own_sockets
 
 ACCEPT_S = 0.002
 
@@ -21,33 +21,12 @@ _TIMEVAL = struct.Struct("ll")
 _LISTEN, _TIME_WAIT = 0x0A, 0x06
 
 
-@contextmanager
-def _own_sockets() -> Iterator[Iterator[socket.socket]]:
-    """This process's stream sockets, each as a duplicate that is closed after its turn."""
-
-    def each() -> Iterator[socket.socket]:
-        for name in os.listdir("/proc/self/fd"):
-            try:
-                if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                    continue
-                duplicate = socket.socket(fileno=os.dup(int(name)))
-            except OSError:  # closed meanwhile
-                continue
-            try:
-                if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                    yield duplicate
-            finally:
-                duplicate.close()
-
-    yield each()
-
-
 def hasten_listener(port: int) -> bool:
     """Let the thread that accepts connections on `port` look up every 2 ms from now on. True: it was found.
 
     The time-out of an accept that waits already does not change: a connection of no content ends that one.
     """
-    with _own_sockets() as sockets:
+    with own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
                 if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and one.getsockname()[1] == port:
@@ -66,7 +45,7 @@ def cut_connections(host: str, port: int) -> int:
     except OSError:
         return 0
     count = 0
-    with _own_sockets() as sockets:
+    with own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
                 name = one.getpeername()

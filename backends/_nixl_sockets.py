@@ -12,36 +12,25 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 import ifaddr
 
+from tensorferry.backends._own_sockets import own_sockets
+
 _ESTABLISHED = 0x01
-
-
-def _own_sockets() -> Iterator[socket.socket]:
-    """This process's stream sockets, each as a duplicate that is closed after its turn."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            duplicate = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed meanwhile
-            continue
-        with duplicate:
-            if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                yield duplicate
 
 
 def listening_ports() -> set[int]:
     """The ports on which this process accepts connections."""
     ports = set()
-    for one in _own_sockets():
-        with suppress(OSError):
-            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                ports.add(int(one.getsockname()[1]))
+    with own_sockets() as sockets:
+        for one in sockets:
+            with suppress(OSError):
+                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    ports.add(int(one.getsockname()[1]))
     return ports
 
 
@@ -59,10 +48,13 @@ def cut_connections(ports: Collection[int], sets: Collection[int]) -> None:
     """End the connections to those ports of a peer which are in these epoll descriptors, and no others: another agent
     of this process may have connections to the same peer."""
     own = _inodes(sets)
-    for one in _own_sockets() if own and ports else ():
-        with suppress(OSError):
-            if os.fstat(one.fileno()).st_ino in own and one.getpeername()[1] in ports:
-                one.shutdown(socket.SHUT_RDWR)
+    if not own or not ports:
+        return
+    with own_sockets() as sockets:
+        for one in sockets:
+            with suppress(OSError):
+                if os.fstat(one.fileno()).st_ino in own and one.getpeername()[1] in ports:
+                    one.shutdown(socket.SHUT_RDWR)
 
 
 def _inodes(sets: Collection[int]) -> set[int]:
@@ -90,19 +82,20 @@ class Aftermath:
         """True: every byte of the dead one that can land has landed."""
         # Our sockets first: one that is made after this is not the dead one's.
         ours, here = [], _own_addresses()
-        for one in _own_sockets():
-            with suppress(OSError):
-                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    continue
-                local = int(one.getsockname()[1])
-                try:
-                    address, remote = one.getpeername()[:2]
-                    if address.removeprefix("::ffff:") not in here:
-                        continue  # a peer on another host
-                except OSError:  # the other end has gone, and what it sent may lie here unread
-                    remote = 0
-                if local in self._own or remote in self._theirs:
-                    ours.append((local, remote))
+        with own_sockets() as sockets:
+            for one in sockets:
+                with suppress(OSError):
+                    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        continue
+                    local = int(one.getsockname()[1])
+                    try:
+                        address, remote = one.getpeername()[:2]
+                        if address.removeprefix("::ffff:") not in here:
+                            continue  # a peer on another host
+                    except OSError:  # the other end has gone, and what it sent may lie here unread
+                        remote = 0
+                    if local in self._own or remote in self._theirs:
+                        ours.append((local, remote))
         living = _established()
         return all((remote, local) in living for local, remote in ours)
 
