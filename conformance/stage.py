@@ -237,6 +237,7 @@ class Stage:
             if time.monotonic() > deadline:
                 raise Violation(f"handle {handle} still says {_short(status)} after {within:g} s")
             time.sleep(0.0002)
+        self.expect(isinstance(status, Status), f"poll answered {_short(status)}, which is no Status")
         return status
 
     def done(self, transport: Transport, handle: int, what: str = "a post") -> None:

@@ -7,7 +7,8 @@ from functools import partial
 
 from tensorferry.conformance.model import NotApplicable, check
 from tensorferry.conformance.stage import FINAL, PATIENCE_S, Pair, Stage, at
-from tensorferry.conformance.suite.losing import meet, stranded
+from tensorferry.conformance.suite.losing import meet
+from tensorferry.conformance.suite.stranding import stranded
 from tensorferry.conformance.suite.trouble import CLOSED, ENDS_WITHIN_S, Shot, ending, fates, lost, shoot
 from tensorferry.core.errors import BadCall, FerryError
 from tensorferry.core.transport import Copy, RemoteRegion, Status

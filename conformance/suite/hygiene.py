@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from typing import Any
@@ -52,28 +54,26 @@ def _fresh(stage: Stage, what: str) -> dict[str, Any]:
 
 
 def told_by(
-    stage: Stage,
-    module: str,
-    what: str,
-    *arguments: str,
-    environment: dict[str, str] | None = None,
-    folder: str | None = None,
+    stage: Stage, module: str, what: str, *arguments: str, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What `python -m tensorferry.conformance.<module> <what> ...` prints, which is one line of JSON."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", f"tensorferry.conformance.{module}", what, *arguments],
-            env=child_environment() if environment is None else environment,
-            cwd=folder,
-            capture_output=True,
-            timeout=FRESH_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        stage.fail(f"the {what} of {arguments[0]} did not end within {FRESH_S:g} s in a fresh process")
-    stage.expect(done.returncode == 0, f"the {what} of {arguments[0]} ended its process with status {done.returncode}")
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    """What `python -m tensorferry.conformance.<module> <what> ...` prints, which is one line of JSON, and as `files`
+    what it leaves in its working directory, which is its temporary one, too, unless there is an `environment`."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", f"tensorferry.conformance.{module}", what, *arguments],
+                env={**child_environment(), "TMPDIR": folder} if environment is None else environment,
+                cwd=folder,
+                capture_output=True,
+                timeout=FRESH_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            stage.fail(f"the {what} of {arguments[0]} did not end within {FRESH_S:g} s in a fresh process")
+        ended = f"the {what} of {arguments[0]} ended its process with status {done.returncode}"
+        stage.expect(done.returncode == 0, ended)
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told | {"files": sorted(os.listdir(folder))}
 
 
 @check("HYG-1", joined=False)
@@ -190,7 +190,7 @@ def probe_leaves_nothing(stage: Stage) -> None:
     told = _fresh(stage, "probe")
     if "raised" in told:
         stage.unknown(f"probe raised {told['raised']} (HYG-1)")
-    for name in ("environment", "threads", "children"):
+    for name in ("environment", "threads", "children", "files"):
         stage.expect(not told[name], f"probe leaves behind {name}: {', '.join(map(str, told[name]))}")
     stage.note("native threads", told["tasks"])
     stage.expect(told["descriptors"] <= 0, f"probe leaves {told['descriptors']} file descriptors open")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from typing import Any
 
 import msgspec
@@ -12,28 +10,20 @@ import msgspec
 from tensorferry.conformance.model import NotApplicable, check
 from tensorferry.conformance.stage import Stage
 from tensorferry.conformance.suite.hygiene import class_of, path_of, told_by
-from tensorferry.conformance.target import Spec, child_environment
+from tensorferry.conformance.target import Spec
 from tensorferry.conformance.without import Refused
 from tensorferry.core.errors import TransportUnavailable
 
 
 def opened(stage: Stage, refused: Refused | None = None) -> dict[str, Any]:
-    """What `conformance.without` tells of opening and a first write; `files`: what that leaves in the temporary and the
-    working directory."""
+    """What `conformance.without` tells of opening and a first write."""
     path = path_of(stage)
     spec = stage.target.spec or Spec(path, stage.target.options)
     arguments = [path, msgspec.json.encode(spec).decode()]
 
-    def told() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {**child_environment(), "TMPDIR": folder}
-            answer = told_by(stage, "without", "open", *arguments, environment=environment, folder=folder)
-            return answer | {"files": sorted(os.listdir(folder))}
-
     if refused is not None:
-        arguments.append(msgspec.json.encode(refused).decode())
-        return told()
-    found: dict[str, Any] = stage.once("opening", told)
+        return told_by(stage, "without", "open", *arguments, msgspec.json.encode(refused).decode())
+    found: dict[str, Any] = stage.once("opening", lambda: told_by(stage, "without", "open", *arguments))
     return found
 
 

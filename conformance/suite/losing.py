@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from tensorferry.conformance.patterns import difference, pattern
 from tensorferry.conformance.processes import PeerProcess, joined
 from tensorferry.conformance.stage import FINAL, Pair, Stage, at
 from tensorferry.conformance.suite.trouble import ending, shoot
-from tensorferry.core.errors import BadCall, FerryError
+from tensorferry.core.errors import FerryError
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import Copy, Fence, PeerState, Region, Status, Transport
 
@@ -376,44 +375,3 @@ def stopped_and_continued(stage: Stage) -> None:
     for what, names in told.outcomes.items():
         stage.note(what, names)
     stage.expect(not told.untrue, told.untrue)
-
-
-@dataclass
-class Stranded:
-    """Posts to a stopped process, after their writer's close."""
-
-    landed: str = ""
-    """Drained and not DONE, and what landed of it when the process went on."""
-    released: int = 0
-    """Not drained, and release took them."""
-
-
-def stranded(stage: Stage) -> Stranded:
-    told: Stranded = stage.once("stranded", lambda: _stranded(stage))
-    return told
-
-
-def _stranded(stage: Stage) -> Stranded:
-    """Sealing is the first thing that the process does when it goes on; what lands before that is missed."""
-    told, piece, count = Stranded(), 1 << 20, 16
-    for _ in range(stage.times(1, 2, 10)):
-        process, pair = meet(stage, piece * count)
-        writer, source = pair.writer, pair.source(stage.pattern(piece))
-        process.stop()
-        copies = [[Copy(source, 0, at(pair.region), n * piece, piece)] for n in range(count)]
-        answers = [stage.attempt(partial(writer.post, pair.peer, each), "post") for each in copies]
-        time.sleep(0.3)
-        writer.close()
-        posted = {n: answer for n, answer in enumerate(answers) if not isinstance(answer, FerryError)}
-        drained = {n for n, handle in posted.items() if writer.drained(handle)}
-        over = [[n * piece, piece] for n in drained if writer.poll(posted[n]) is not Status.DONE]
-        for n in posted.keys() - drained:
-            with suppress(BadCall):
-                writer.release(posted[n])
-                told.released += 1
-        process.tell("seal", pieces=over)
-        process.go_on()
-        process.hear("seal")
-        stage.settle()
-        told.landed = told.landed or str(process.ask("unsealed", pieces=over))
-    return told

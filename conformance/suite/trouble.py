@@ -175,6 +175,7 @@ def _watch(stage: Stage, scene: Scene, seen: dict[int, Fate]) -> None:
             shot.status, shot.drained = answer
             if shot.status not in FINAL:
                 continue
+            stage.expect(isinstance(shot.status, Status), f"poll answered {shot.status!r}, which is no Status")
             waiting.remove(shot)
             fate = seen[id(shot)] = Fate(scene.name, shot.status, shot.drained)
             if scene.readable and (shot.drained or shot.status is not Status.UNKNOWN):
