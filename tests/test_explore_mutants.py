@@ -10,7 +10,7 @@ from tensorferry.conformance.explore.search import search
 from tensorferry.conformance.explore.world import SearchWorld
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.searched], ids=lambda mutant: mutant.name)
 def test_a_mutant_dies_of_what_it_was_meant_for(mutant: Mutant, capsys: pytest.CaptureFixture[str]) -> None:
     out = search(SearchWorld(mutant.setup), mutant.name, limit=200_000)
     assert mutant.killed_by(out.violation), out.violation

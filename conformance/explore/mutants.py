@@ -172,6 +172,43 @@ class ObeysAbort(ReceiverMachine):
             super()._on_transfer_message(route, message)
 
 
+class KeepsItsBudget(ReceiverMachine):
+    """A leader whose sender falls silent keeps the destination that it had reserved."""
+
+    losing = False
+
+    def peer_silent(self, route: str, error: FerryError, xfer: int | None = None) -> list[Effect]:
+        self.losing = True
+        effects = super().peer_silent(route, error, xfer)
+        self.losing = False
+        return effects
+
+    def _refund(self, t: Transfer) -> None:
+        if not self.losing:
+            super()._refund(t)
+
+
+class LendsToWhoGaveUp(ReceiverMachine):
+    """A rank that gave up before its sender's first answer is lent blocks when that comes."""
+
+    def _open(self, t: Transfer, peer: Peer) -> None:
+        super()._open(t, peer)
+        if t.facts is None and not t.lent and not t.dummy and self.policy.optimistic:
+            self.unlent[t.xfer] = None
+
+
+class AsksTheDead(ReceiverMachine):
+    """A room is opened with a sender that is proved gone, as long as no successor has spoken."""
+
+    def receive(self, room: int, route: str, *, dummy: bool = False) -> tuple[int, list[Effect]]:
+        peer = self.peers.setdefault(route, Peer())
+        floor, peer.floor = peer.floor, 0
+        try:
+            return super().receive(room, route, dummy=dummy)
+        finally:
+            peer.floor = floor
+
+
 class MuteReceiver(ReceiverMachine):
     """A sender that speaks of a forgotten transfer gets no answer."""
 
@@ -265,6 +302,8 @@ class Mutant:
     about: str
     setup: Setup
     dies_of: tuple[str, ...]
+    searched: bool = True
+    """False: what it takes is larger than the search's configurations; the simulation kills it."""
 
     def killed_by(self, violation: str | None) -> bool:
         """By what it was meant for, not by some accident."""
@@ -282,6 +321,12 @@ def _mutant(
     """`collect` only where the mutant leaves alone what the rules about late messages rest on."""
     machines.setdefault("collect", False)
     return Mutant(name, about, replace(setup or Setup(name), name=name, mutant=frozenset(world), **machines), dies_of)
+
+
+def _simulated(
+    name: str, about: str, dies_of: tuple[str, ...], setup: Setup, receiver_class: type[ReceiverMachine]
+) -> Mutant:
+    return replace(_mutant(name, about, dies_of, setup, receiver_class=receiver_class), searched=False)
 
 
 def _two(**faults: int) -> Setup:
@@ -331,6 +376,12 @@ MUTANTS = [
             receiver_class=ObeysAbort),
     _mutant("mute_receiver", "no answer about forgotten transfers", STUCK, by_name("X7"),
             receiver_class=MuteReceiver),
+    _simulated("keeps_budget", "a leader that loses its sender keeps its budget", ("R9",),
+               Setup("", blocks=1, pool=1, ranks=2, budget=1), KeepsItsBudget),
+    _simulated("lends_to_the_given_up", "a rank that gave up is lent blocks", ("AL-1",),
+               by_name("R12"), LendsToWhoGaveUp),
+    _simulated("asks_the_dead", "a room is opened with a sender proved gone", STUCK,
+               Setup("", rooms=8, blocks=1, first_grant=1, one_sender=True), AsksTheDead),
     _mutant("begins_for_the_dead", "a dead receiver may open a room", STUCK, by_name("P7"),
             sender_class=BeginsForTheDead),
     _mutant("mute_offer", "an offer given up before is not told", ("WM-6", "LV-1"), by_name("R12"),
