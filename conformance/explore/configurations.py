@@ -38,6 +38,8 @@ BIG = [
     Setup("R10", "two ranks, sender crash", blocks=1, pool=1, ranks=2, budget=1, faults=Faults(cs=1), big=True),
     Setup("R11", "two ranks, two rooms, cancel", rooms=2, blocks=1, pool=1, ranks=2, budget=1, faults=Faults(ca=1),
           big=True),
+    Setup("R14", "two ranks, a sender believed lost", blocks=1, pool=1, ranks=2, budget=1, dummies=(0,), collect=False,
+          faults=Faults(ps=1), big=True),
 ]  # fmt: skip
 
 LOANS = [

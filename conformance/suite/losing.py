@@ -347,6 +347,7 @@ def _stop(stage: Stage) -> Stop:
     early = [pair.writer.poll(handle) for handle in ours]
     reader.go_on()
     writer.go_on()
+    reader.describe()  # it goes on
     ends = [pair.end(handle, ENDS_WITHIN_S) for handle in ours]
     look("was stopped and goes on")
     told.outcomes["posts to it"] = ", ".join(status.name for status in ends)

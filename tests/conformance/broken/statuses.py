@@ -76,7 +76,7 @@ class ForgetsThatItWasDone(MemoryTransport):
         return Status.PENDING if self._asked.get(handle) == 3 else status
 
 
-@broken({"ERR-2": "is DONE and not drained", "CAN-2": "not drained"})
+@broken({"ERR-2": "is DONE and not drained", "CAN-2": "not drained"}, may={"RES-4"})
 class IsDoneAndNotDrained(MemoryTransport):
     def drained(self, handle: int) -> bool:
         answer = super().drained(handle)
@@ -90,7 +90,9 @@ class IsDoneAndNotDrained(MemoryTransport):
         self._told = getattr(self, "_told", set()) - {handle}
 
 
-@broken({"ERR-3": "was drained, and is not any more", "ERR-9": "is not any more", "CAN-2": "not drained"})
+@broken(
+    {"ERR-3": "was drained, and is not any more", "ERR-9": "is not any more", "CAN-2": "not drained"}, may={"ERR-2"}
+)
 class UndoesDrained(MemoryTransport):
     def drained(self, handle: int) -> bool:
         answer = super().drained(handle)
@@ -167,7 +169,7 @@ class NeverDrainsTheUnknown(MemoryTransport):
         return self.poll(handle) is not Status.UNKNOWN and super().drained(handle)
 
 
-@broken({"FEN-4": "landed"})
+@broken({"FEN-4": "landed"}, may={"XFR-21"})
 class SaysDrainedAtOnce(MemoryTransport):
     def drained(self, handle: int) -> bool:
         super().drained(handle)
@@ -341,7 +343,7 @@ class WakesAfterClose(MemoryTransport):
 # ---- the source ----------------------------------------------------------------------------------------------
 
 
-@broken({"ERR-9": "source_free was True, and is not any more"})
+@broken({"ERR-9": "source_free was True, and is not any more"}, may={"XFR-21"})
 class ReadsItsSourceAgain(MemoryTransport):
     """Says that the source is free, and not, by turns."""
 
@@ -350,7 +352,7 @@ class ReadsItsSourceAgain(MemoryTransport):
         return super().source_free(handle) or self._free[handle] == 1
 
 
-@broken({"ERR-9": "its source is not free"})
+@broken({"ERR-9": "its source is not free"}, may={"XFR-21"})
 class NeverFreesItsSource(MemoryTransport):
     def source_free(self, handle: int) -> bool:
         super().source_free(handle)
