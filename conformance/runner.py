@@ -73,13 +73,19 @@ class Bench:
     """One transport under test; `find` answers for one rule at a time, and remembers."""
 
     def __init__(
-        self, target: Target, *, hooks: hooks_module.Hooks | None = None, seed: int = 0, tier: Tier = Tier.VERIFY
+        self,
+        target: Target,
+        *,
+        hooks: hooks_module.Hooks | None = None,
+        seed: int = 0,
+        tier: Tier = Tier.VERIFY,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.setup = Setup(target, hooks or hooks_module.Hooks(), seed, tier)
         self.defects: list[str] = []
         self._found: dict[str, Finding] = {}
         shared = self.setup.hooks.inner is None or self.setup.hooks.path
-        self._worker = _Worker(self.setup) if target.spec is not None and shared else None
+        self._worker = _Worker(self.setup, environment) if target.spec is not None and shared else None
 
     def check_usable(self) -> None:
         """Raise TransportUnavailable where the transport's probe says that it cannot work here."""
@@ -127,10 +133,11 @@ def _derived(rule: Rule, findings: list[Finding]) -> Finding:
 class _Worker:
     """The worker process, started when it is needed and again when it has ended."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, environment: dict[str, str] | None = None) -> None:
         assert setup.target.spec is not None
         order = Order(setup.target.spec, setup.hooks.path, setup.seed, int(setup.tier))
         self._setup = setup
+        self._environment = environment
         self._order = msgspec.json.encode(order).decode()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
@@ -186,7 +193,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
-            env=child_environment(),
+            env={**(self._environment or child_environment()), "PYTHONPATH": child_environment()["PYTHONPATH"]},
         )
         process = self._process
         answer = self._hear(START_S)
@@ -246,10 +253,11 @@ def run(
     chosen = pick(rules, level)
     known = _known(known_failures)
     loaded = hooks_module.load(hooks) if isinstance(hooks, str) else hooks_module.Hooks(hooks)
+    environment = child_environment()  # as it is now: what an import changes is to be a change in the worker, too
     target = resolve(transport, options)
     report = Report(target, seed, tier_of(tier))
     begun = time.monotonic()
-    bench = Bench(target, hooks=loaded, seed=seed, tier=report.tier)
+    bench = Bench(target, hooks=loaded, seed=seed, tier=report.tier, environment=environment)
     try:
         bench.check_usable()
         for rule in _in_order(chosen):

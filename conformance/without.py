@@ -1,6 +1,7 @@
 """A fresh process that opens the transport under test: to see what it loads, or what it does where that is refused.
 
-`python -m tensorferry.conformance.without open CLASS SPEC [REFUSED]`. CLASS: the class's "module:attribute". SPEC: what
+`python -m tensorferry.conformance.without open|exit CLASS SPEC [REFUSED]`. `open` ends the process at once, `exit` as a
+program ends. CLASS: the class's "module:attribute". SPEC: what
 opens it, as JSON. REFUSED, JSON as well: names of modules that are not there, and of libraries that cannot be loaded.
 What it tells is one line of JSON. A module is refused as one that is not installed: no finder knows it, nor its
 distribution. A library is one that ctypes is asked for.
@@ -130,7 +131,9 @@ def main() -> int:
     told["process"] = differing(process, belongings())
     json.dump(told, own)
     own.flush()
-    os._exit(0)
+    if sys.argv[1] == "open":
+        os._exit(0)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HYG-12, HYG-14 and HYG-15: what opening loads and sets, and what happens where that cannot be loaded."""
+"""HYG-12, HYG-14, HYG-15, LIF-9: what opening loads and sets, what happens without that, and how the process ends."""
 
 from __future__ import annotations
 
@@ -83,3 +83,10 @@ def leaves_the_process_alone(stage: Stage) -> None:
         ("opening, and a first write,", opened(stage)),
     ):
         stage.expect(not told["process"], f"{what} changes {', '.join(told['process'])}")
+
+
+@check("LIF-9", joined=False, seconds=90)
+def lets_the_process_end(stage: Stage) -> None:
+    path = path_of(stage)
+    spec = stage.target.spec or Spec(path, stage.target.options)
+    told_by(stage, "without", "exit", path, msgspec.json.encode(spec).decode())

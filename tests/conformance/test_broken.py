@@ -19,7 +19,7 @@ from tensorferry.conformance.model import Verdict
 from tensorferry.conformance.rules import Level, rules, select
 
 COSTLY = frozenset(
-    {"LIF-3", "LIF-6", "LIF-7", "XFR-9", "XFR-10", "XFR-11", "XFR-20", "XFR-21", "VIS-1", "VIS-2"}
+    {"LIF-3", "LIF-6", "LIF-7", "LIF-9", "XFR-9", "XFR-10", "XFR-11", "XFR-20", "XFR-21", "VIS-1", "VIS-2"}
     | {"ERR-1", "ERR-2", "ERR-3", "ERR-6", "ERR-7", "FEN-2", "FEN-3", "FEN-4", "FEN-5", "FEN-6", "FEN-7"}
     | {"PEE-1", "PEE-2", "PEE-4", "PEE-5", "PEE-6", "PEE-8", "RES-1", "RES-2", "RES-3", "RES-4", "RES-5"}
     | {"RES-6", "RES-7"}
