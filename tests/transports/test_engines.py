@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-from transport_ends import Process, ended, eventually, need, over, source
+from memory_kit import random_rows, same_bytes
+from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
+import tensorferry as tf
+from tensorferry.backends import _mooncake_contact
+from tensorferry.backends._mooncake_engine import Engine as MooncakeEngine
+from tensorferry.backends._mooncake_wire import Answer
+from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.nixl import NixlOptions, NixlTransport
+from tensorferry.core import receiving, sending
+from tensorferry.core.errors import PathMismatch, TransportError
 from tensorferry.core.memory import Memory
+from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Copy, PeerState, RemoteRegion, Status
 
 pytestmark = pytest.mark.timeout(120)
@@ -121,3 +131,96 @@ def test_a_target_whose_pages_are_gone_is_not_called_done_and_the_pair_goes_on(h
     other.ask("seal_first")
     assert over(here, post(here, peer, region, 1 << 20)) is Status.UNKNOWN
     eventually(lambda: over(here, post(here, peer, kept, 1)) is Status.DONE, "the pair works again")
+
+
+# ---- the path ------------------------------------------------------------------------------------------------
+
+LAYOUT = tf.embedding_layout(8)
+SETTINGS = Settings(pool_blocks=8, block_size=16, staging_bytes=1 << 20)
+
+
+def carry(sender: sending.Sender, receiver: receiving.Receiver, room: int) -> tf.SendTransfer:
+    given = random_rows(LAYOUT, LAYOUT.names, 300, room)
+    sent, received = sender.send(room, **given), receiver.receive(room, sender.address)
+    result = received.result(PATIENCE_S)
+    assert all(same_bytes(result[name], given[name]) for name in given)
+    sent.wait(PATIENCE_S)
+    return sent
+
+
+def test_copies_that_nixl_makes_by_way_of_tcp_are_warned_of_once_and_the_transfer_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is over when it was posted. What is not is none, whatever UCX was meant to choose."""
+    need("nixl")
+    ends = [NixlTransport(NixlOptions(require="memcpy", workers=1)) for _ in range(2)]
+    with (
+        sending.Sender(LAYOUT, [ends[0]], SETTINGS) as sender,
+        receiving.Receiver(LAYOUT, [ends[1]], SETTINGS, poison=True) as receiver,
+    ):
+        assert carry(sender, receiver, 1).path == "memcpy"
+        submit = Agent.submit
+        monkeypatch.setattr(Agent, "submit", lambda agent, request: submit(agent, request) and False)
+        sent = carry(sender, receiver, 2)
+        carry(sender, receiver, 3)
+        assert sent.path == "tcp"
+        assert "chosen over memcpy, and by the engine's word its bytes go over tcp" in sent.verdicts[0].reason
+    assert caplog.text.count("chosen over memcpy") == 1
+
+
+@pytest.mark.parametrize("require", ["", "rdma"])
+def test_a_mooncake_engine_that_says_another_way_after_a_write_is_warned_of_or_used_no_more(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, require: str
+) -> None:
+    """Engines over TCP that take themselves, and each other, for RDMA: until one says what it is."""
+    need("mooncake")
+    ends = [MooncakeTransport(MooncakeOptions(host="127.0.0.1")) for _ in range(2)]
+    asked = _mooncake_contact.ask
+
+    def says_rdma(*arguments: Any) -> Answer:
+        answer = asked(*arguments)
+        answer.protocol = "rdma"
+        return answer
+
+    monkeypatch.setattr(_mooncake_contact, "ask", says_rdma)
+    for one in ends:
+        one._engine.protocol = "rdma"
+    settings = replace(SETTINGS, require=require)
+    with (
+        sending.Sender(LAYOUT, [ends[0]], settings) as sender,
+        receiving.Receiver(LAYOUT, [ends[1]], settings, poison=True) as receiver,
+    ):
+        assert carry(sender, receiver, 1).path == "rdma"
+        ends[0]._engine.protocol = "tcp"
+        if require:
+            with pytest.raises(PathMismatch, match=r"rdma is required.*over tcp"):
+                carry(sender, receiver, 2)
+        else:
+            assert carry(sender, receiver, 2).path == "tcp"
+            carry(sender, receiver, 3)
+            assert caplog.text.count("chosen over rdma") == 1
+        ends[1]._engine.protocol = "tcp"
+
+
+def test_where_rdma_is_required_an_engine_whose_own_handshake_says_tcp_gets_no_write(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both sides take themselves for RDMA; what is asked before the first write is the peer's engine itself."""
+    need("mooncake")
+    monkeypatch.setattr(MooncakeEngine, "submit", lambda *_: pytest.fail("something was submitted"))
+    ends = [MooncakeTransport(MooncakeOptions(host="127.0.0.1", contact_timeout=1.5)) for _ in range(2)]
+    for one in ends:
+        one._engine.protocol = "rdma"
+    settings = replace(SETTINGS, require="rdma", max_bumps=1, transfer_deadline=PATIENCE_S)
+    with (
+        sending.Sender(LAYOUT, [ends[0]], settings) as sender,
+        receiving.Receiver(LAYOUT, [ends[1]], settings, poison=True) as receiver,
+    ):
+        sent = sender.send(1, **random_rows(LAYOUT, LAYOUT.names, 300, 1))
+        with pytest.raises(TransportError):
+            receiver.receive(1, sender.address).wait(PATIENCE_S)
+        with pytest.raises(TransportError):
+            sent.wait(PATIENCE_S)
+        for one in ends:
+            one._engine.protocol = "tcp"
+    assert "another engine than the peer's answers" in caplog.text
