@@ -50,6 +50,9 @@ class Peer:
         self.regions.append(region)
         return [region.id, region.generation]
 
+    def address(self, index: int = 0) -> int:
+        return self.regions[index].memory.address
+
     def retire(self, index: int) -> None:
         self.transport.retire(self.regions[index])
 
