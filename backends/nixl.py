@@ -265,7 +265,9 @@ class NixlTransport(HostTransport[Job]):
         peer = self._peers.get(told.instance)
         if peer is None:
             way = self._way(told)
-            traceable = way == RDMA or self._host.shares_network(told.host)
+            # Of another backend than UCX it is not known what it still places when a peer has ended.
+            seen = way == RDMA or self._host.shares_network(told.host)
+            traceable = told.backend == "UCX" and seen
             who = (told.agent, told.instance, told.pid, told.started)
             target = self._targets.get(who)  # it may have been connected before, and not be forgotten yet
             if target is None:

@@ -30,7 +30,7 @@ from tensorferry.backends._nixl_jobs import MOST_PIECES, cut
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.core.memory import Memory
-from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, Readiness, Status
+from tensorferry.core.transport import MAX_DESCRIPTOR_BYTES, Copy, PeerState, Readiness, Status
 
 
 @pytest.fixture
@@ -142,6 +142,18 @@ def test_every_backend_of_storage_is_told_from_those_of_the_network() -> None:
 def test_what_is_asked_of_ucx_cannot_be_had_of_another_backend(installed: None) -> None:
     with pytest.raises(errors.TransportUnavailable, match="is about UCX"):
         NixlTransport(NixlOptions(backend="LIBFABRIC", require="rdma"))
+
+
+def test_of_a_peer_over_another_backend_than_ucx_no_end_is_proved(
+    one: NixlTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = msgspec.msgpack.decode(one.describe())
+    fields[2], fields[5] = os.urandom(16), "LIBFABRIC"
+    monkeypatch.setattr(one, "_options", msgspec.structs.replace(one._options, backend="LIBFABRIC"))
+    peer = one.connect(msgspec.msgpack.encode(fields))
+    assert one.path(peer) == "libfabric"
+    monkeypatch.setattr(type(peer.target), "ended", lambda _: True)
+    assert one.peer_state(peer) is PeerState.UNKNOWN
 
 
 # ---- which way -----------------------------------------------------------------------------------------------
