@@ -39,8 +39,8 @@ def loses_no_wake(stage: Stage) -> None:
             pair.done(handle)
     pair = stage.pair(64)
     pair.writer.on_progress(woken.set)
+    woken.clear()  # before the posts: what ends at once wakes at once
     shots = shoot(stage, pair)
-    woken.clear()
     pair.owner.close()
     waiting = {shot.handle for shot in shots}
     deadline = time.monotonic() + ENDS_WITHIN_S  # ERR-1 says so where they do not end

@@ -306,7 +306,7 @@ class OpensWithoutAWord(OpensWithoutItsEngine):
         super().__init__(options)
 
 
-@broken({"HYG-13": "after connecting, the capabilities of the writer"})
+@broken({"HYG-13": "are not those that were declared at first"})
 class LearnsWhatItCan(MemoryTransport):
     """How many copies a post may have, it asks its peers."""
 
