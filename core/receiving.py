@@ -293,6 +293,8 @@ class Receiver(Endpoint):
         if self._buffers.poisoning:
             free = set(self.machine.pool.free_blocks)
             for block in free - self._poisoned:
+                # What a fence freed may be placed and not visible yet: it must not become so over the pattern.
+                self._buffers.flush(self.geometry.slab_of(block))
                 self._buffers.poison(block)
             self._poisoned = free
 
