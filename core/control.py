@@ -38,6 +38,8 @@ FLUSH_MS = 500
 MOST_FRAMES_A_TURN = 256
 """Frames taken from one socket before others, timers and writes have their turn."""
 
+FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 50, 1000
+"""Between two tries to connect: the first pause, and what doubling ends at, unless `patience` is short."""
 
 _TCP = re.compile(r"tcp://.+:([0-9]+)")
 
@@ -51,12 +53,14 @@ def _check_port(address: str, lowest: int) -> None:
 
 class Control:
     """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to.
+    `patience`: seconds within which somebody who comes back at an address has to be found, a few tries among them.
 
     Raises ConfigError for an address that cannot be bound.
     """
 
-    def __init__(self, identity: bytes, bind: str = "") -> None:
+    def __init__(self, identity: bytes, bind: str = "", patience: float = 8.0) -> None:
         self.identity = identity
+        self._longest_pause_ms = max(FIRST_PAUSE_MS, min(LONGEST_PAUSE_MS, int(patience * 1000 / 8)))
         self.dropped: Counter[str] = Counter()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, min(MOST_ROUTES, self._context.get(zmq.SOCKET_LIMIT)))
@@ -95,8 +99,8 @@ class Control:
         socket.setsockopt(zmq.RCVHWM, RECEIVED_FRAMES)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.IPV6, int("[" in address))
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.RECONNECT_IVL, FIRST_PAUSE_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, self._longest_pause_ms)
         return socket
 
     def connect(self, address: str) -> None:

@@ -86,7 +86,7 @@ class Endpoint:
         self._over = False  # the I/O thread has nothing left to do
         self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
         with ExitStack() as undo:
-            self._control = Control(_identity(self.incarnation), bind)
+            self._control = Control(_identity(self.incarnation), bind, settings.peer_timeout)
             undo.callback(self._control.close)
             self.carriers.on_progress(self._control.wake)
             self._undo = undo.pop_all()
