@@ -264,6 +264,12 @@ class Stage:
             time.sleep(0.001)
         return True
 
+    def busy(self, seconds: float) -> None:
+        """Time in which this thread keeps the interpreter to itself, as far as it may."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+
     def timed(self, call: Callable[[], T]) -> tuple[T, float]:
         begun = time.monotonic()
         answer = call()
