@@ -19,8 +19,7 @@ def own_sockets() -> Iterator[Iterator[socket.socket]]:
             if duplicate is None:
                 continue
             try:
-                if duplicate.type == socket.SOCK_STREAM and duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                    yield duplicate
+                yield duplicate
             finally:
                 duplicate.close()
 
@@ -28,15 +27,25 @@ def own_sockets() -> Iterator[Iterator[socket.socket]]:
 
 
 def _duplicate(name: str) -> socket.socket | None:
-    """None: it is no socket, or was closed meanwhile, and something else may have its number by now."""
+    """None: it is no TCP socket, or was closed meanwhile, and something else may have its number by now."""
     try:
         if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
             return None
-        number = os.dup(int(name))
     except OSError:
         return None
-    try:
-        return socket.socket(fileno=number)
-    except OSError:
-        os.close(number)
-        return None
+    for family in (socket.AF_INET, socket.AF_INET6):
+        # Python makes a descriptor that it is given non-blocking where `socket.setdefaulttimeout` was called, and so it
+        # would be for its owner. A socket of our own is what that happens to; the duplicate takes its place after.
+        try:
+            duplicate = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:
+            continue
+        try:
+            os.dup2(int(name), duplicate.fileno(), inheritable=False)
+            kind = [duplicate.getsockopt(socket.SOL_SOCKET, what) for what in (socket.SO_DOMAIN, socket.SO_TYPE)]
+        except OSError:
+            kind = []
+        if kind == [family, socket.SOCK_STREAM]:
+            return duplicate
+        duplicate.close()
+    return None
