@@ -47,7 +47,7 @@ _SHOWN = 200
 _MOST_NAMES = 100
 """Names that are looked through for the one that may have been meant."""
 
-_ODD = (AttributeError, LookupError, TypeError, ValueError)
+_ODD = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What the client raises where the answer has another shape: it does not come from an etcd."""
 
 T = TypeVar("T")

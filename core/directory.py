@@ -77,7 +77,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
                     f"the entry of {name!r} has version {version}, this side reads version {ENTRY_VERSION}", peer=name
                 )
             entry = msgspec.convert(written, cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as problem:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ConfigError) as problem:
             raise bad(str(problem)) from None
         if version != ENTRY_VERSION or entry.name != name:
             raise bad("it names no version" if version is None else f"it is the entry of {entry.name!r}")

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorferry as tf
-from tensorferry import cli, errors
+from tensorferry import api, cli, errors
 from tensorferry.commands.serving import Serving
 from tensorferry.commands.token_file import open_file
 from tensorferry.core.directory import Directory, Entry
@@ -207,6 +207,7 @@ def test_a_wrong_name_is_told_the_nearest_one(url, directory):
         (b'{"version":1,"name":"encoder-0","address":"tcp://1:1","incarnation":"1"}', errors.BadEntry, "int"),
         (b'{"version":1,"name":"encoder-0"}', errors.BadEntry, "address"),
         (b'{"version":1,"x":"' + 5000 * b"x" + b'"}', errors.BadEntry, "bytes"),
+        (b'{"version":1,"x":' + 2000 * b"[" + 2000 * b"]" + b"}", errors.BadEntry, "recursion"),
         (b'{"version":2,"addresses":[]}', errors.VersionMismatch, "version 2, this side reads version 1"),
     ],
 )
@@ -280,9 +281,10 @@ def http(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     "answer",
     [None, b"SSH-2.0-OpenSSH_9.2\r\n", http(b"<html>"), http(b'{"kvs":[{}]}'), http(b'{"kvs":[1]}'),
+     http(10_000 * b"["),
      b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
      b"HTTP/1.1 302 Found\r\nLocation: /v3/kv/range\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n"],
-    ids=["silence", "ssh", "html", "no-key", "number", "503", "redirect", "half"],
+    ids=["silence", "ssh", "html", "no-key", "number", "deep", "503", "redirect", "half"],
 )  # fmt: skip
 def test_what_is_no_etcd_is_a_typed_error_in_bounded_time(answer):
     for port in serving(answer):
@@ -552,6 +554,24 @@ class Shelf(Directory):
 
 class Later(Shelf):
     contract_version = 2
+
+
+def test_whoever_closes_while_it_publishes_is_not_found_afterwards(monkeypatch):
+    with tf.Sender(LAYOUT, transport="memory") as sender:
+
+        class Slow(Shelf):
+            def publish(self, one: Entry, ttl: float) -> None:
+                super().publish(one, ttl)
+                sender.close()
+
+        monkeypatch.setattr(api, "open_directory", lambda url: Slow())
+        with pytest.raises(errors.BadCall, match="closed"):
+            sender.publish("encoder-0")
+        assert Shelf.kept == {}
+        monkeypatch.setattr(api, "open_directory", lambda url: Shelf())
+        with pytest.raises(errors.BadCall, match="closed"):
+            sender.publish("encoder-0")
+        assert Shelf.kept == {}
 
 
 def test_any_distribution_may_bring_a_directory(monkeypatch):

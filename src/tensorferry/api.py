@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from tensorferry.core import receiving, sending
 from tensorferry.core.allocator import Choose, lowest_runs
 from tensorferry.core.directory import Entry
+from tensorferry.core.errors import BadCall
 from tensorferry.core.group import Group
 from tensorferry.core.layout import Layout
 from tensorferry.core.transport import Transport
@@ -45,6 +46,7 @@ class Sender(sending.Sender):
         **settings: object,
     ) -> None:
         self._publications: list[Publication] = []
+        self._leaving = False
         with opened(transport, options, settings) as (transports, loaded):
             super().__init__(layout, transports, loaded, bind=bind, name=name)
 
@@ -55,18 +57,23 @@ class Sender(sending.Sender):
 
         `address`: what receivers are told; by default the bound one, or where it is bound to every interface, the one
         by which this host reaches others. Waits a few seconds at most for the directory. Raises ConfigError,
-        UnknownDirectory, DirectoryUnavailable, NameTaken, BadEntry or VersionMismatch; all that goes wrong later is
-        the publication's `error`, and hurts no transfer.
+        UnknownDirectory, DirectoryUnavailable, NameTaken, BadEntry or VersionMismatch, and BadCall where the endpoint
+        is closed, before or meanwhile; all that goes wrong later is the publication's `error`, and hurts no transfer.
         """
+        self._call(lambda: None)  # raises after `close`, and in a forked child
         addresses, only_here = reachable(self.address)
         if only_here and not address:
             log.info("%s is published, and only this host can reach it", addresses[0])
         entry = Entry(name=name or self.name, address=address or addresses[0], incarnation=self.incarnation)
         made = Publication(open_directory(self.settings.directory), entry, self.settings.peer_timeout)
         self._publications.append(made)
+        if self._leaving:  # `close` may have looked through the list before: nobody else would end it
+            made.close()
+            raise BadCall("the endpoint is closed")
         return made
 
     def close(self) -> None:
+        self._leaving = True
         for one in self._publications:  # first, so that nobody is sent here any more
             one.close()
         super().close()
