@@ -57,7 +57,7 @@ def reports(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Report]
         if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec")
     ]
     chosen.sort(key=lambda one: one.name not in LONGEST)
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4) as pool:
         futures = {one.path: pool.submit(judged, one.path, asked(one.fails)) for one in chosen}
         yield futures
         for future in futures.values():
