@@ -282,9 +282,11 @@ class Receiver(Endpoint):
         self._do(self.machine.slab_replaced(slab, self.carriers.offers(self._buffers.regions())))
 
     def _settle(self, ending: Callable[[Tenant], bool]) -> None:
-        """Blocks come out of quarantine: what their last writes placed has to be where it belongs before the next
-        tenant's writes follow, also where nobody is going to read it (INT-3)."""
-        late = [block for block, tenant in self.machine.pool.quarantined.items() if ending(tenant)]
+        """Blocks come out of quarantine, or will the moment they enter it, for their sender is gone: what their last
+        writes placed has to be where it belongs before the next tenant's writes follow, also where nobody is going to
+        read it (INT-3)."""
+        pool = self.machine.pool
+        late = [block for block, tenant in (pool.quarantined | pool.granted).items() if ending(tenant)]
         for slab in {self.geometry.slab_of(block) for block in late}:
             self._buffers.flush(slab)
 

@@ -321,6 +321,23 @@ def test_blocks_that_a_fence_frees_are_flushed_before_the_next_tenant_has_them(g
         assert all(free == 0 for _, free in flushed), flushed
 
 
+def test_blocks_that_a_dead_sender_was_granted_are_flushed_before_the_next_tenant_has_them(gpu: StandIn) -> None:
+    """They come out of quarantine the moment they enter it: after the proof that the sender is gone."""
+    with quay(gpu, pool_device="cuda", poison=False, clean=False) as here:
+        here.sender.announce(1, 1000)  # a loan goes out, and no rows come
+        transfer = here.receive()
+        eventually(lambda: here.receiver.free_blocks == 0)
+        flushed: list[tuple[int, int]] = []
+        transport: Any = here.receiver.carriers.transports[0]
+        transport.flush = lambda region: flushed.append((region.id, here.receiver.machine.pool.free_count))
+        here.crash(here.sender)
+        eventually(lambda: here.receiver.machine.gone)
+        transfer.cancel()
+        eventually(lambda: here.receiver.free_blocks == 4)
+        assert {region for region, _ in flushed} == {0, 1}
+        assert all(free == 0 for _, free in flushed), flushed
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------
 
 
