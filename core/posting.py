@@ -219,9 +219,10 @@ class Poster:
                 self._preparing.remove(prepared)
                 self._give_back(prepared.copying, prepared.staging, prepared.stage)
                 self._refuse(prepared.part, None, problem)
-                continue
-            self._preparing.remove(prepared)
-            self._resume(prepared)
+            else:
+                self._preparing.remove(prepared)
+                self._resume(prepared)
+            self._let_go(prepared.part.write.serial)
         self._aside, aside = [], self._aside
         for copying, staging, stage in aside:
             self._give_back(copying, staging, stage)
@@ -266,7 +267,9 @@ class Poster:
             outcome = self._post(line[0])
             if outcome is Outcome.NO_STAGE:
                 return  # first come, first served: nobody else may take what this one waits for (R3)
-            line.popleft()
+            serial = line.popleft().write.serial
+            if outcome is Outcome.OVER:
+                self._let_go(serial)
             under_way[receiver] += outcome is Outcome.POSTED
             if line:
                 ready.append(receiver)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fault_kit import FAIL, FAULTY, LOSE, RAISE, WRITE, FaultyMemory, let_go, script
+from fault_kit import FAIL, FAULTY, HOLD, LOSE, RAISE, WRITE, FaultyMemory, let_go, script
 from scenario_kit import PATIENCE, assert_clean, assert_same, eventually, rows
 
 import tensorferry as tf
@@ -359,6 +359,20 @@ def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(cop
         let_go(sides.sender)
         eventually(lambda: not sides.sender._call(lambda: dict(sides.sender._poster.sources)))
         assert source._released
+
+
+def test_a_write_that_hangs_does_not_pin_rows_that_waited_for_staging_when_the_transfer_ended() -> None:
+    engine = Engine(MemoryOptions())
+    script(engine, lambda n: HOLD)
+    with Sides([engine], [memory()], staging_bytes=16 * 32) as sides:
+        sent = sides.sender.send(1, **rows(TOKENS, layout=SMALL))
+        sides.receiver.receive(1, sides.sender.address)
+        eventually(lambda: engine.held and sides.sender._poster._lines)
+        source = sides.sender._poster.sources[sent._serial]
+        sent.cancel()
+        eventually(lambda: not sides.sender._call(lambda: dict(sides.sender._poster._lines)))
+        assert sides.sender._call(lambda: source._released)
+        let_go(sides.sender)
 
 
 def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
