@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
+from tensorferry.backends._variables import left_as_found
 from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
@@ -157,16 +158,14 @@ def prepare(progress_s: int = DEFAULT_PROGRESS_S, transfer_s: int = DEFAULT_TRAN
 
 @contextmanager
 def prepared_for_now() -> Iterator[None]:
-    """`prepare`, undone at the end: what is set already stays. The engine takes up some variables when it is imported,
-    and they must not be the user's to find afterwards: a probe opens nothing."""
-    fresh = [variable.name for variable in SETS if variable.name not in os.environ]
-    prepare()
+    """`prepare`, undone at the end: the engine takes up some variables when it is imported."""
     try:
-        yield
+        with left_as_found(SETS):
+            prepare()
+            yield
     finally:
-        for name in fresh:
-            os.environ.pop(name, None)
-            _ours.pop(name, None)
+        for name in [name for name in _ours if name not in os.environ]:
+            del _ours[name]
 
 
 def _seconds(name: str, fallback: float) -> float:

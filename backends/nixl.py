@@ -53,6 +53,7 @@ from tensorferry.backends._nixl_options import NixlOptions
 from tensorferry.backends._nixl_poster import Limits
 from tensorferry.backends._nixl_sockets import Aftermath
 from tensorferry.backends._rdma import rdma_ports
+from tensorferry.backends._variables import left_as_found
 from tensorferry.core.cuda_driver import carried
 from tensorferry.core.errors import (
     OutOfBounds,
@@ -111,14 +112,15 @@ class NixlTransport(HostTransport[Job]):
 
     @classmethod
     def probe(cls) -> Probe:
-        """Looks for the engine's files and the RDMA devices. The engine is started only where a device is active:
-        nothing else tells whether UCX can use it."""
+        """Looks for the engine's files and the RDMA devices, and leaves no variable set. The engine is started only
+        where a device is active: nothing else tells whether UCX can use it."""
         try:
             module = environment.module_name()
             environment.binding_file(module)
             cause, remedy = environment.why_not_rdma()
             if not cause:
-                Agent("UCX", RDMA, 1).close()
+                with left_as_found(cls.sets):
+                    Agent("UCX", RDMA, 1).close()
         except Unfit as unfit:
             return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the answer

@@ -454,6 +454,20 @@ def test_a_probe_that_cannot_be_ready_loads_nothing_and_sets_nothing(installed: 
     assert told(program).stdout.split("\n")[:2] == ["degraded", "[] True"]
 
 
+def test_a_probe_that_starts_the_engine_leaves_no_variable_behind(installed: None) -> None:
+    """As where a device is active, which it is not here: so the engine finds that it cannot use one."""
+    program = (
+        "import os\nbefore = dict(os.environ)\n"
+        "from tensorferry.backends import _nixl_environment as environment\n"
+        "environment.why_not_rdma = lambda: ('', '')\n"
+        "from tensorferry.backends.nixl import NixlTransport as T\nprint(T.probe().readiness)\n"
+        "print(before == dict(os.environ))"
+    )
+    readiness, same = told(program).stdout.split()
+    assert readiness in ("unavailable", "broken") or not environment.why_not_rdma()[0]
+    assert same == "True"
+
+
 def test_an_idle_transport_uses_no_processor(installed: None) -> None:
     """The wheel's own choice, a delay of 0, lets the progress thread spin: 98 % of a core."""
     assert PROGRESS_US > 0
