@@ -47,6 +47,10 @@ _SHOWN = 200
 _MOST_NAMES = 100
 """Names that are looked through for the one that may have been meant."""
 
+_MOST_ASKING = 8
+"""Threads at work for one directory. Each ends at its time, but for one whose server sends a byte now and then, for
+ever; and an entry is renewed for as long as a process lives."""
+
 _ODD = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What the client raises where the answer has another shape: it does not come from an etcd."""
 
@@ -65,6 +69,7 @@ class EtcdDirectory(Directory):
         self._tls = tls
         self._seconds = seconds
         self._leases: dict[tuple[str, int, int], int] = {}  # (name, incarnation, ttl) -> etcd's id
+        self._asking = threading.BoundedSemaphore(_MOST_ASKING)
         self._closed = False
 
     @classmethod
@@ -169,6 +174,8 @@ class EtcdDirectory(Directory):
     def _run(self, work: Work[T]) -> T:
         if self._closed:
             raise BadCall("the directory is closed")
+        if not self._asking.acquire(blocking=False):
+            raise DirectoryUnavailable(f"{self} has not ended {_MOST_ASKING} answers that it began")
         answer: Future[T] = Future()
         end = time.monotonic() + self._seconds
 
@@ -177,6 +184,8 @@ class EtcdDirectory(Directory):
                 answer.set_result(self._ask(work, end))
             except BaseException as problem:  # noqa: BLE001 - it is the caller's, who waits for it
                 answer.set_exception(problem)
+            finally:
+                self._asking.release()
 
         threading.Thread(target=ask, name="tensorferry-etcd", daemon=True).start()
         try:

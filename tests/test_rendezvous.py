@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import tensorferry as tf
 from tensorferry import api, cli, errors
+from tensorferry.backends import etcd as etcd_backend
 from tensorferry.commands.serving import Serving
 from tensorferry.commands.token_file import open_file
 from tensorferry.core.directory import Directory, Entry
@@ -296,6 +297,34 @@ def test_what_is_no_etcd_is_a_typed_error_in_bounded_time(answer):
             ):
                 with pytest.raises(errors.DirectoryUnavailable, match=f"etcd://127.0.0.1:{port}.*explicit address"):
                     verb(directory)
+
+
+def test_a_server_that_never_ends_an_answer_is_asked_by_so_many_threads_and_no_more(monkeypatch):
+    end = threading.Event()
+    asked: list[object] = []
+
+    def ask(self: object, work: object, until: float) -> None:
+        asked.append(work)
+        end.wait()
+
+    def answers(directory: Directory) -> bool:
+        try:
+            return directory.lookup("encoder-0") is None
+        except errors.DirectoryUnavailable:
+            return False
+
+    monkeypatch.setattr(etcd_backend.EtcdDirectory, "_ask", ask)
+    with open_directory("etcd://127.0.0.1:1", seconds=0.01) as directory:
+        try:
+            for _ in range(20):
+                with pytest.raises(errors.DirectoryUnavailable):
+                    directory.lookup("encoder-0")
+            with pytest.raises(errors.DirectoryUnavailable, match="answers that it began"):
+                directory.lookup("encoder-0")
+        finally:
+            end.set()
+        assert len(asked) == etcd_backend._MOST_ASKING
+        until(lambda: answers(directory), "the threads to end")
 
 
 def test_nobody_at_the_port_says_so_and_another_member_is_asked(etcd, url, directory):
