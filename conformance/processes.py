@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from tensorferry.conformance.model import NotApplicable, Violation
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.target import Spec, child_environment
 from tensorferry.core.errors import TransportMismatch, from_code
 
 T = TypeVar("T")
+
+ANSWER_S = 30.0 * FACTOR
 
 
 class PeerProcess:
@@ -40,7 +43,7 @@ class PeerProcess:
         assert self.popen.stdin is not None
         self.popen.stdin.write(json.dumps([verb, arguments]).encode() + b"\n")
 
-    def hear(self, verb: str, within: float = 30.0) -> Any:
+    def hear(self, verb: str, within: float = ANSWER_S) -> Any:
         """The answer to the last `tell`. A FerryError that the verb raised there is raised here."""
         line = self._line(verb, time.monotonic() + within)
         answer = json.loads(line)
@@ -50,7 +53,7 @@ class PeerProcess:
             raise Violation(f"in the other process, {verb} raised {answer['error']}")
         return answer["value"]
 
-    def ask(self, verb: str, within: float = 30.0, **arguments: object) -> Any:
+    def ask(self, verb: str, within: float = ANSWER_S, **arguments: object) -> Any:
         self.tell(verb, **arguments)
         return self.hear(verb, within)
 
