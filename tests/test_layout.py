@@ -29,7 +29,7 @@ from tensorferry.core.layout import (
 
 
 def test_the_memory_modules_need_no_torch() -> None:
-    names = ", ".join(f"tensorferry.core.{name}" for name in ("layout", "memory", "digest", "staging"))
+    names = ", ".join(f"tensorferry.core.{name}" for name in ("layout", "memory", "digest", "transport"))
     code = f"import sys, {names}\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

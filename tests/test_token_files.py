@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
-from tensorferry import cli
-from tensorferry.commands import carrying, new_file, serving
+from tensorferry import cli, reachable
+from tensorferry.commands import carrying, new_file
 from tensorferry.commands.carrying import Note
 from tensorferry.commands.new_file import CannotWrite, NewFile, OutputExists
 from tensorferry.commands.output import BadFlag
@@ -201,8 +201,8 @@ def test_every_setting_that_is_not_the_default_stands_in_the_command():
     ],
 )
 def test_the_address_to_paste_is_one_that_can_be_dialled(bound, found, addresses, only_here, monkeypatch):
-    monkeypatch.setattr(serving, "local_addresses", lambda: found)
-    assert serving._reachable(bound) == (addresses, only_here)
+    monkeypatch.setattr(reachable, "local_addresses", lambda: found)
+    assert reachable.reachable(bound) == (addresses, only_here)
 
 
 # ---- files that are made
