@@ -1,8 +1,8 @@
 # `make help` lists the targets. Each sets up .venv first, by what it needs; a second run finds it ready.
 # ARGS goes to the command behind a target:  make demo ARGS="--tokens 50000"   make test ARGS="-k ledger"
 
-# Tests wait more than they compute, for time-outs above all: a few processes more than there are cores.
-WORKERS ?= 3
+# Tests wait as much as they compute, for time-outs above all: twice as many processes as there are cores.
+WORKERS ?= 4
 
 VENV ?= .venv
 export VENV

@@ -65,17 +65,17 @@ class SendingSide:
         self.staging = Stagings(self.carriers, 1 << 16)
         self.machine = SenderMachine(dock.hello(inc, "sender", 0, self.carriers.offers(), []))
         self.poster = Poster(
-            LAYOUT, self.carriers, self.machine, self.do, staging=self.staging, block_size=dock.block_size,
-            integrity="full",
-        )  # fmt: skip
+            LAYOUT, self.carriers, self.machine, self.do, staging=self.staging, block_size=dock.block_size
+        )
         self.ended: dict[int, FerryError | None] = {}
         self.rooms: dict[int, int] = {}  # room -> serial of its newest offer
 
     def offer(self, room: int, rows: dict[str, torch.Tensor], content_id: bytes, ready: int) -> None:
         total = len(rows["ids"])
         source = Source(LAYOUT, total, rows)
+        source.integrity = "full"
         source.put(0, **{name: tensor[:ready] for name, tensor in rows.items()})
-        facts = Facts(total, content_id, LAYOUT.presence(source.names), bytes(128), "full")
+        facts = Facts(total, content_id, LAYOUT.presence(source.names), bytes(128), source.integrity)
         serial, effects = self.machine.offer(room, facts, source.ready)
         self.poster.sources[serial] = source
         self.rooms[room] = serial
