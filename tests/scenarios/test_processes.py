@@ -18,6 +18,9 @@ QUICK: dict[str, object] = {"heartbeat": 0.1, "peer_timeout": 1.0}
 SIZES: dict[str, object] = {"block_size": 16, "pool_blocks": 8, "first_grant": 64, "window": "rounds", "slabs": 4}
 TOKENS = 1000
 
+PLAIN = pytest.mark.parametrize("kind", ["shm", "tcp"], indirect=True)
+"""For what is the protocol's alone."""
+
 
 @pytest.fixture(params=["mooncake", "nixl", "shm", "tcp"])
 def kind(request: pytest.FixtureRequest) -> str:
@@ -63,6 +66,7 @@ def test_every_length_arrives_from_another_process(start: Callable[..., Side], k
     assert sender.ask("close") is None
 
 
+@PLAIN
 def test_a_room_that_another_process_receives_is_in_use(start: Callable[..., Side], kind: str) -> None:
     other = start("receiver")
     with quay(kind) as here:
@@ -105,6 +109,7 @@ def test_a_sender_killed_in_the_middle_of_a_write_is_lost_and_its_blocks_are_fre
         assert here.receiver._call(lambda: here.receiver._buffers.graveyard.nbytes) == 0
 
 
+@PLAIN
 @pytest.mark.parametrize("same", [True, False], ids=["same-content", "other-content"])
 def test_a_sender_killed_and_started_again_on_its_address_goes_on_or_starts_over(
     start: Callable[..., Side], kind: str, same: bool
@@ -146,6 +151,7 @@ def test_a_receiver_killed_in_the_middle_ends_the_send_and_releases_the_rows(
         eventually(lambda: not here.sender._poster.targets.keys() - here.sender.machine.receivers.keys())
 
 
+@PLAIN
 def test_a_receiver_killed_and_started_again_receives_from_the_beginning(start: Callable[..., Side], kind: str) -> None:
     victim, successor = start("receiver"), start("receiver")
     with quay(kind, **QUICK) as here:
@@ -235,6 +241,7 @@ def test_a_stopped_receiver_ends_the_send_and_is_welcome_again_when_it_wakes(
         eventually(lambda: sleeper.ask("books") == {})
 
 
+@PLAIN
 @pytest.mark.parametrize("who", ["sender", "receiver"])
 def test_a_pause_shorter_than_the_timeout_is_only_a_pause(start: Callable[..., Side], kind: str, who: str) -> None:
     there = start("receiver" if who == "receiver" else "sender")
