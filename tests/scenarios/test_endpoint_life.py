@@ -236,7 +236,7 @@ def test_everybody_who_closes_returns_when_it_is_over() -> None:
 
         def close() -> None:
             quay.sender.close()
-            alive.append(quay.sender._thread.is_alive())
+            alive.append(not quay.sender._stopped.is_set())
 
         threads = [threading.Thread(target=close) for _ in range(4)]
         for thread in threads:
