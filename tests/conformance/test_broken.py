@@ -1,7 +1,7 @@
 """The suite is tested by transports that are broken: each fails the rules that it breaks, by name, and no other.
 
-What is asked of each: the rules that it is said to break, and a sixth of the
-others that cost little. TENSORFERRY_BROKEN=all asks all rules of all of them (`make broken`), which takes the better
+What is asked of each: the rules that it is said to break, and a sixth of the others that cost little.
+TENSORFERRY_BROKEN=all asks all rules of all of them (`make broken`), which takes the better
 part of an hour of one core.
 """
 
