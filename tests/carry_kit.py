@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from command_kit import environment
+import warm
+from command_kit import environment, tensorferry
 from safetensors.torch import save_file
 
 PATIENCE = 60
@@ -28,7 +29,20 @@ def shell_environment() -> dict[str, str]:
 
 
 def paste(command: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run a command line in a shell, to its end."""
+    """Run a command line to its end, with the words that a shell makes of it."""
+    words = shell_words(command)
+    return tensorferry(*words[1:], env=shell_environment(), cwd=folder, popen=warm.Popen)
+
+
+def shell_words(command: str) -> list[str]:
+    done = subprocess.run(["sh", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    words = done.stdout.split("\0")[:-1]
+    assert words[0] == "tensorferry"
+    return words
+
+
+def paste_into_a_shell(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a command line in a shell, which finds the console script, to its end."""
     return subprocess.run(
         ["sh", "-c", command],
         cwd=folder,
@@ -69,8 +83,8 @@ def read_until(process: subprocess.Popen, stream: IO[str], words: str, said: lis
 
 
 @contextmanager
-def started(words: list[str], folder: Path) -> Iterator[subprocess.Popen]:
-    with subprocess.Popen(
+def started(words: list[str], folder: Path, popen: type) -> Iterator[subprocess.Popen]:
+    with popen(
         words, cwd=folder, env=shell_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
@@ -80,11 +94,10 @@ def started(words: list[str], folder: Path) -> Iterator[subprocess.Popen]:
 
 
 @contextmanager
-def sending(file: Path, *args: str) -> Iterator[Sending]:
+def sending(file: Path, *args: str, popen: type = warm.Popen) -> Iterator[Sending]:
     """`tensorferry send FILE --room 17`, once it has printed the other side's command."""
-    with started(
-        [sys.executable, "-m", "tensorferry", "send", file.name, "--room", "17", *args], file.parent
-    ) as process:
+    words = [sys.executable, "-m", "tensorferry", "send", file.name, "--room", "17", *args]
+    with started(words, file.parent, popen) as process:
         said: list[str] = []
         as_json = "json" in args
         stream = process.stderr if as_json else process.stdout
@@ -93,9 +106,9 @@ def sending(file: Path, *args: str) -> Iterator[Sending]:
 
 
 @contextmanager
-def receiving(command: str, folder: Path, until: str) -> Iterator[subprocess.Popen]:
+def receiving(command: str, folder: Path, until: str, popen: type = warm.Popen) -> Iterator[subprocess.Popen]:
     """A command line as a process of its own (signals reach it, and no shell), once it has said `until`."""
-    with started(["sh", "-c", f"exec {command}"], folder) as process:
+    with started([sys.executable, "-m", *shell_words(command)], folder, popen) as process:
         read_until(process, process.stdout, until, [])
         yield process
 

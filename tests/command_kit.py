@@ -1,4 +1,8 @@
-"""Running the `tensorferry` command as its users do: as a process, with or without a terminal."""
+"""Running the `tensorferry` command as its users do: as a process, with or without a terminal.
+
+`popen=warm.Popen` saves a process that moves rows its imports (see warm.py). The interpreter itself, and the console
+script, are what the other tests run.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,24 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "TENSORFERRY_CONFIG": os.devnull, **more}
 
 
-def tensorferry(*args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
-    return subprocess.run(
-        [sys.executable, "-m", "tensorferry", *args],
-        env=env or environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
+def tensorferry(
+    *args: str, env: dict[str, str] | None = None, cwd: Path | None = None, popen: type = subprocess.Popen
+) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "tensorferry", *args]
+    with popen(
+        words, env=env or environment(), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-def on_a_terminal(*args: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+def on_a_terminal(*args: str, env: dict[str, str] | None = None, popen: type = subprocess.Popen) -> tuple[int, str]:
     """Run with standard output on a pseudo-terminal."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
+    with popen(
         [sys.executable, "-m", "tensorferry", *args], env=env or environment(TERM="xterm-256color"), stdout=theirs
     ) as process:
         os.close(theirs)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from command_kit import environment, on_a_terminal, tensorferry
 from jsonschema import Draft202012Validator
 
@@ -30,6 +31,13 @@ SMALL = ("--synthetic", "--hidden-size", "16")
 ENDLESS = (*SMALL, "--tokens", "2000000", "--block-size", "1", "--pool-blocks", "1", "--first-grant", "1")
 """Two million rounds: nothing that a test does meanwhile comes too late."""
 
+
+class Warm(warm.Popen):
+    """A demo whose sides have imported torch before they are started. The few that do without are what users run."""
+
+    within = ("tensorferry.commands.demo_processes",)
+
+
 PATIENCE = 60
 """Seconds. A bound on a hang, far above what any step takes; no step waits for it."""
 
@@ -39,9 +47,9 @@ def plan(**changes) -> Plan:
     return Plan(**{**small, "seed": 0, "settings": Settings().as_dict(), **changes})
 
 
-def demo(*args: str, status: int = 0, env: dict[str, str] | None = None) -> dict:
+def demo(*args: str, status: int = 0, env: dict[str, str] | None = None, popen: type = Warm) -> dict:
     """Run the demo and return its object, held against the schema."""
-    done = tensorferry("demo", "--format", "json", *args, env=env)
+    done = tensorferry("demo", "--format", "json", *args, env=env, popen=popen)
     assert done.returncode == status, done.stdout + done.stderr
     found = json.loads(done.stdout)
     Draft202012Validator(SCHEMA).validate(found)
@@ -117,7 +125,7 @@ def test_two_rounds():
 
 
 def test_without_flags_a_real_embedding_of_50000_tokens_goes_in_seven_rounds():
-    found = demo()
+    found = demo(popen=subprocess.Popen)
     assert found["source"] == "text"
     assert (found["hidden_size"], found["dtype"]) == (384, "float32")
     assert tokens_of(found["rounds"]) == [8192] * 6 + [848]
@@ -228,7 +236,7 @@ def test_a_room_that_never_arrived_is_not_verified():
 
 
 def test_without_a_terminal_there_is_one_plain_line_for_each_round():
-    done = tensorferry("demo", *SMALL, "--tokens", "1000", "--first-grant", "256", "--pool-blocks", "2")
+    done = tensorferry("demo", *SMALL, "--tokens", "1000", "--first-grant", "256", "--pool-blocks", "2", popen=Warm)
     assert done.returncode == 0, done.stderr
     rounds = [line for line in done.stdout.splitlines() if line.startswith("round ")]
     assert rounds == [
@@ -242,14 +250,16 @@ def test_without_a_terminal_there_is_one_plain_line_for_each_round():
 
 
 def test_with_rooms_and_ranks_each_line_says_which():
-    done = tensorferry("demo", *SMALL, "--tokens", "100", "--rooms", "2", "--ranks", "2")
+    done = tensorferry("demo", *SMALL, "--tokens", "100", "--rooms", "2", "--ranks", "2", popen=Warm)
     assert done.returncode == 0, done.stderr
     rounds = {line.split(": ")[0] for line in done.stdout.splitlines() if "sent_tokens" in line}
     assert rounds == {f"room {room} rank {rank}, round 0" for room in range(2) for rank in range(2)}
 
 
 def test_on_a_terminal_there_is_a_progress_bar_and_the_same_lines():
-    status, said = on_a_terminal("demo", *SMALL, "--tokens", "1000", "--first-grant", "256", "--pool-blocks", "2")
+    status, said = on_a_terminal(
+        "demo", *SMALL, "--tokens", "1000", "--first-grant", "256", "--pool-blocks", "2", popen=Warm
+    )
     assert status == 0, said
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", said)
     assert [int(n) for n in re.findall(r"round (\d+): tokens", plain)] == [0, 1, 2, 3]
@@ -335,16 +345,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(changes):
 # ---- how it ends
 
 
+COLD = subprocess.Popen
+"""Sides that import torch: a test that is about the time that this takes finds them at it."""
+
+
 @contextmanager
-def running(*args: str, until: str = "round 0:", **more) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+def running(*args: str, until: str = "round 0:", popen: type = Warm) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """A demo that has said `until`, and the process ids of its sides, the embedding side first."""
-    process = subprocess.Popen(
+    process = popen(
         [sys.executable, "-m", "tensorferry", "demo", *args],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **more,
     )
     sides = []
     with process:
@@ -374,7 +387,7 @@ def has_ended(process_id: int) -> bool:
 @pytest.mark.parametrize(("side", "name"), [(0, "embedding side"), (1, "language side")])
 @pytest.mark.parametrize("until", ["language side", "round 0:"], ids=["while it starts", "between rounds"])
 def test_a_side_that_is_killed_ends_the_demo_and_the_other_side(side, name, until):
-    with running(*ENDLESS, until=until) as (process, sides):
+    with running(*ENDLESS, until=until, popen=COLD if until == "language side" else Warm) as (process, sides):
         os.kill(sides[side], signal.SIGKILL)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
@@ -400,7 +413,7 @@ def test_a_side_that_stops_answering_ends_the_demo():
     ids=["interrupt while it starts", "interrupt between rounds", "terminate between rounds"],
 )
 def test_an_interrupt_ends_the_demo_and_both_sides(which, until):
-    with running(*ENDLESS, until=until) as (process, sides):
+    with running(*ENDLESS, until=until, popen=COLD if until == "language side" else Warm) as (process, sides):
         process.send_signal(which)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
@@ -424,14 +437,14 @@ def test_an_interrupted_demo_still_prints_its_object(monkeypatch, capsys):
 
 
 def test_debug_shows_what_the_sides_log():
-    done = tensorferry("demo", *SMALL, "--transport", "pigeon", "--debug")
+    done = tensorferry("demo", *SMALL, "--transport", "pigeon", "--debug", popen=Warm)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "error: no installed distribution provides a transport 'pigeon'" in done.stderr
 
 
 def test_sides_end_with_a_demo_that_is_killed():
-    with running(*ENDLESS) as (process, sides):
+    with running(*ENDLESS, popen=COLD) as (process, sides):
         process.kill()
         process.wait(PATIENCE)
         assert all(has_ended(each) for each in sides)

@@ -6,10 +6,12 @@ import json
 import shlex
 import signal
 import socket
+import subprocess
 
 import pytest
 import torch
-from carry_kit import PATIENCE, SLOW, listing, long_file, paste, receiving, sending, small_file
+import warm
+from carry_kit import PATIENCE, SLOW, listing, long_file, paste, paste_into_a_shell, receiving, sending, small_file
 from command_kit import environment, on_a_terminal, tensorferry
 from jsonschema import Draft202012Validator
 from safetensors import safe_open
@@ -56,8 +58,8 @@ def test_the_printed_command_carries_the_file_to_the_last_byte(tmp_path):
     }
     file = tmp_path / "my clip.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
-    with sending(file) as sender:
-        done = paste(sender.command, tmp_path)
+    with sending(file, popen=subprocess.Popen) as sender:
+        done = paste_into_a_shell(sender.command, tmp_path)
         assert done.returncode == 0, done.stderr
         status, said, errors = sender.end()
     assert (status, errors) == (0, "")
@@ -132,7 +134,7 @@ def test_a_receiver_needs_no_layout_that_an_earlier_file_has(tmp_path):
     example = small_file(tmp_path / "earlier.safetensors", tokens=5)
     with sending(file) as sender:
         ours = ["--room", "17", "--from", sender.address.removeprefix("tcp://"), "--layout-from", str(example)]
-        done = tensorferry("receive", *ours, "-o", str(tmp_path / "out"))
+        done = tensorferry("receive", *ours, "-o", str(tmp_path / "out"), popen=warm.Popen)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes() == file.read_bytes()
 
@@ -245,7 +247,8 @@ def test_an_interrupted_receive_leaves_nothing_and_the_sender_goes_on(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--count", "0", "--block-size", "8") as sender:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            with receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens") as receiver:
+            popen = subprocess.Popen if number == signal.SIGINT else warm.Popen
+            with receiving(f"{sender.command} {SLOW}", tmp_path, "of 200000 tokens", popen) as receiver:
                 receiver.send_signal(number)
                 _, errors = receiver.communicate(timeout=PATIENCE)
             assert receiver.returncode == 1
@@ -283,7 +286,7 @@ def test_a_second_receiver_is_refused_and_an_interrupted_sender_tells_the_first(
 def test_a_disk_that_fills_leaves_nothing(tmp_path):
     file = long_file(tmp_path / "clip.safetensors")
     with sending(file, "--block-size", "8", "--count", "1") as sender:
-        done = paste(f"ulimit -f 100; {sender.command} --pool-blocks 1024 --format json", tmp_path)
+        done = paste_into_a_shell(f"ulimit -f 100; {sender.command} --pool-blocks 1024 --format json", tmp_path)
         assert checked("receive", done.stdout)["error"]["code"] == "cannot_write"
         assert done.returncode == 1
         assert listing(tmp_path) == ["clip.safetensors"]
@@ -334,7 +337,7 @@ def test_what_does_not_fit_is_told_and_the_sender_goes_on_serving(tmp_path):
 
 def test_where_nobody_is_the_receiver_says_so(tmp_path):
     args = ["--room", "1", "--from", f"127.0.0.1:{free_port()}", "--layout", "x:float32", "-o", str(tmp_path / "out")]
-    done = tensorferry("receive", *args, *QUICK, "--format", "json")
+    done = tensorferry("receive", *args, *QUICK, "--format", "json", popen=warm.Popen)
     assert done.returncode == 1
     assert checked("receive", done.stdout)["error"]["code"] == "peer_unreachable"
     assert listing(tmp_path) == []
@@ -390,7 +393,7 @@ def test_an_interrupt_after_the_file_is_written_does_not_deny_it(monkeypatch, pr
 def test_rows_with_another_digest_are_not_written(program, tmp_path):
     sender, args = program
     sender.send(5, x=torch.ones(10, 4), aux=Note(b"not the digest !", 0).words())
-    done = tensorferry(*args)
+    done = tensorferry(*args, popen=warm.Popen)
     found = checked("receive", done.stdout)
     assert (done.returncode, found["error"]["code"], found["verified"]) == (1, "integrity", False)
     assert listing(tmp_path) == []
@@ -399,7 +402,7 @@ def test_rows_with_another_digest_are_not_written(program, tmp_path):
 def test_a_program_may_send_to_receive_without_a_digest(program, tmp_path):
     sender, args = program
     sender.send(5, x=torch.ones(10, 4))
-    done = tensorferry(*args)
+    done = tensorferry(*args, popen=warm.Popen)
     found = checked("receive", done.stdout)
     assert (done.returncode, found["status"], found["verified"]) == (0, "ok", False)
     assert torch.equal(load_file(tmp_path / "out")["x"], torch.ones(10, 4))

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import warm
+
 PROGRAM = Path(__file__).with_name("side_process.py")
 
 PATIENCE_S = 60
@@ -27,8 +29,8 @@ class Failed(Exception):
 class Side:
     def __init__(self, role: str, **settings: Any) -> None:
         told = json.dumps({"role": role, "transport": "shm", **settings})
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", str(PROGRAM), told],
+        self._process = warm.Popen(
+            [sys.executable, str(PROGRAM), told],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
