@@ -101,6 +101,12 @@ def port_range() -> str:
     return "-".join(map(str, found if found[0] <= found[1] else (15000, 17000)))
 
 
+def lanes() -> int:
+    """How many TCP connections the engine keeps to one peer."""
+    text = os.environ.get("MC_TCP_LANES_PER_PEER", os.environ.get("MC_TCP_MAX_CONNECTIONS_PER_PEER", ""))
+    return int(text) if text.isdecimal() and 1 <= int(text) <= 16 else 4
+
+
 class Unfit(Exception):
     """The engine cannot be used here: `reason`, and `hint` what would help."""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tensorferry.backends._mooncake_contact import Contact
+from tensorferry.backends._mooncake_trial import Trial
 from tensorferry.backends._mooncake_wire import Descriptor, session_name
 from tensorferry.backends._process import ProcessWatch
 from tensorferry.core.transport import Status
@@ -28,10 +29,12 @@ class Target:
     jobs: deque[Job] = field(default_factory=deque)
     under_way: dict[int, Submit] = field(default_factory=dict)
     ready: bool = False
-    """It has answered, and no submit has failed since."""
+    """It may be submitted to: it has answered, a byte of it has been read, and no submit has failed since."""
     opened: bool = False
     """The engine has its segment; no submit to it blocks."""
     contact: Contact | None = None
+    trial: Trial | None = None
+    """It has answered, and a byte of it is being read."""
     not_before: float = 0.0
     """It is asked again only then; and a post waits for the answer from then on."""
     looked_at_all: float = 0.0

@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 from tensorferry.backends._mooncake_contact import Contact
 from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.backends._mooncake_jobs import Job, Submit, Target
+from tensorferry.backends._mooncake_trial import Trial
 from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.mooncake")
@@ -36,7 +37,7 @@ WATCH_S = 0.1
 """Between two looks at peers of whom a post's outcome is not known."""
 
 COOLDOWN_S = 1.1
-"""After a failure the engine connects to a peer again only after 1 s, and whatever is submitted before that fails."""
+"""After a failure the engine connects to a peer again only after 1 s."""
 
 GRACE_S = 0.5
 """Beyond its own time-out, for an attempt at contact to end: one that hangs in the resolver does not."""
@@ -50,6 +51,8 @@ class Limits:
     window: int
     contact_s: float
     transfer_s: float
+    lanes: int
+    """The engine's connections to one peer."""
 
 
 class Poster:
@@ -67,6 +70,7 @@ class Poster:
         self._targets: list[Target] = []
         self._turn = 0
         self._lost: list[Job] = []
+        self._left_reading: list[int] = []  # reads that nobody waits for any more
         self._opening: Target | None = None
         self._thread = threading.Thread(target=self._run, name="tensorferry-mooncake-poster", daemon=True)
         self._thread.start()
@@ -135,12 +139,16 @@ class Poster:
 
     def _pause(self) -> float | None:
         under_way = [submit.job for target in self._targets for submit in target.under_way.values()]
-        if any(job.status is Status.PENDING for job in under_way):
+        reading = any(target.trial is not None and target.trial.reading for target in self._targets)
+        if reading or any(job.status is Status.PENDING for job in under_way):
             return POLL_S
-        waits = [WATCH_S] if under_way or any(job.target.watch is not None for job in self._lost) else []
+        watched = under_way or self._left_reading or any(job.target.watch is not None for job in self._lost)
+        waits = [WATCH_S] if watched else []
         now = time.monotonic()
         for target in self._targets:
-            if target.jobs:
+            if target.trial is not None:
+                waits.append(target.trial.pause(now))
+            elif target.jobs:
                 waits.append(self._deadline(target, target.jobs[0]) - now)
                 if target.contact is None:
                     waits.append(target.not_before - now)
@@ -196,6 +204,7 @@ class Poster:
     def _suspect(self, target: Target) -> None:
         """Submit no more to it before it has answered again."""
         target.ready = False
+        self._end_trial(target)
         target.not_before = time.monotonic() + COOLDOWN_S
 
     def _lose(self, job: Job) -> None:
@@ -234,6 +243,7 @@ class Poster:
             if job.quiet:
                 job.keep = ()
             self._tell()
+        self._left_reading = [batch for batch in self._left_reading if self._engine.status(batch) not in (1, -1)]
 
     # ---- what waits --------------------------------------------------------------------------------------
 
@@ -245,20 +255,42 @@ class Poster:
         if contact is not None and contact.over:
             contact.join()
             target.contact = None
-            target.ready = contact.error is None
-            if contact.error is not None:
+            if contact.error is None and self._engine.protocol == "tcp":
+                target.trial = Trial(self._engine, self._limits.lanes, self._limits.contact_s)
+            elif contact.error is None:
+                target.ready = True
+            else:
                 target.not_before = now + COOLDOWN_S
                 # Those that came while it was under way are asked for anew: a peer may go on, or come back.
                 self._give_up(target, contact.error.cause, lambda job: job.queued_at <= contact.began)
         if not target.jobs:
-            return
-        if target.ended():
+            self._end_trial(target)
+        elif target.ended():
             self._give_up(target, "its process has ended")
-        elif not target.ready and now > self._deadline(target, target.jobs[0]):
+        elif target.ready:
+            return
+        elif target.trial is not None:
+            self._try_out(target, target.trial)
+        elif now > self._deadline(target, target.jobs[0]):
             late = f"it did not answer within {self._limits.contact_s:g} s"
             self._give_up(target, late, lambda job: now > self._deadline(target, job))
-        elif not target.ready and target.contact is None and now >= target.not_before:
+        elif target.contact is None and now >= target.not_before:
             target.contact = Contact(target.told, self._limits.contact_s, self.nudge)
+
+    def _try_out(self, target: Target, trial: Trial) -> None:
+        _, there, _ = target.jobs[0].pieces[0]
+        trial.step(lambda: self._begin(target, lambda session: self._engine.read_byte(session, there)))
+        if trial.works:
+            target.ready, target.trial = True, None
+        elif trial.error:
+            target.not_before = time.monotonic() + COOLDOWN_S
+            self._give_up(target, trial.error)
+
+    def _end_trial(self, target: Target) -> None:
+        """Nobody waits for it, or what it says holds no more. A read under way ends as it does."""
+        if target.trial is not None and target.trial.reading:
+            self._left_reading.append(target.trial.reading)
+        target.trial = None
 
     def _give_up(self, target: Target, why: str, which: Callable[[Job], bool] = lambda job: True) -> None:
         jobs = [job for job in target.jobs if which(job)]
@@ -270,6 +302,8 @@ class Poster:
     def _drop(self, job: Job) -> None:
         """Submit no more of a job."""
         job.target.jobs.remove(job)
+        if not job.target.jobs:
+            self._end_trial(job.target)
         job.pieces.clear()
         job.dropped = True
         self._settle(job)
@@ -293,7 +327,7 @@ class Poster:
             return
         source, there, nbytes = job.pieces.popleft()
         try:
-            batch = self._submit_piece(target, source, there, nbytes)
+            batch = self._begin(target, lambda session: self._engine.submit(session, source, there, nbytes))
         except Exception:  # nothing says how far it came
             log.exception("a submit to %s raised", target.name)
             self._suspect(target)
@@ -313,9 +347,10 @@ class Poster:
         else:
             self._lose(job)
 
-    def _submit_piece(self, target: Target, source: int, there: int, nbytes: int) -> int:
+    def _begin(self, target: Target, begin: Callable[[str], int]) -> int:
+        """Have the engine begin a transfer with this session; its id, or 0."""
         if target.opened:
-            return self._engine.submit(target.session, source, there, nbytes)
+            return begin(target.session)
         # The engine asks the peer once more, for up to 60 s if it has stopped since it answered us, and meanwhile no
         # submit to any peer gets through. So this question is cut off after as long as ours.
         told = target.told
@@ -325,7 +360,7 @@ class Poster:
         self._opening = target
         rescue.start()
         try:
-            batch = self._engine.submit(target.session, source, there, nbytes)
+            batch = begin(target.session)
         finally:
             self._opening = None
             rescue.cancel()

@@ -2,7 +2,7 @@
 
 A post becomes submits of one entry each, at most `submit_bytes` long, `window` of them under way per peer, all from a
 thread of the transport's own (`_mooncake_poster`), each polled to its end. A peer is asked whether it is there before
-the engine is (`_mooncake_contact`).
+the engine is (`_mooncake_contact`), and over TCP a byte of it is read before anything is written.
 
 Fences. PEER_GONE: a pidfd says that a peer of this host has ended, and the kernel's tables that nothing of it is left
 on the way to our memory (the engine goes on placing what a dead process has sent). Across hosts there is no proof, and
@@ -142,7 +142,9 @@ class MooncakeTransport(HostTransport[Job]):
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
         if not environment.why_not_cuda(self._engine.protocol)[0]:
             self._take_cuda()
-        self._poster = Poster(self._engine, Limits(chosen.window, chosen.contact_timeout, transfer_s))
+        self._poster = Poster(
+            self._engine, Limits(chosen.window, chosen.contact_timeout, transfer_s, environment.lanes())
+        )
         # The thread knows the poster and not the transport, so that a transport that is dropped without close() is
         # noticed, and ends.
         weakref.finalize(self, self._poster.stop).atexit = False

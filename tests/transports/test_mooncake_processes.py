@@ -15,8 +15,10 @@ import msgspec
 import pytest
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
+from tensorferry.backends import _mooncake_poster
 from tensorferry.backends._mooncake_contact import Contact
 from tensorferry.backends._mooncake_engine import Engine
+from tensorferry.backends._mooncake_sockets import cut_connections
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakePeer, MooncakeTransport
 from tensorferry.core.errors import TransportError
 from tensorferry.core.memory import Memory
@@ -127,9 +129,26 @@ def test_a_write_to_a_peer_that_is_stopped_has_an_unknown_outcome_and_disturbs_n
     assert here.peer_state(peer) is PeerState.ALIVE
     assert over(here, behind) in (Status.FAILED, Status.UNKNOWN)
     stopped.signal(signal.SIGCONT)
-    # After the failure posts wait until the peer has answered again: none is burnt on the engine's cool-down.
+    # After the failure posts wait until the peer has answered again: none is burnt on what the engine has lost.
     assert ended(here, one_byte(here, peer, region)) is Status.DONE
     assert not here.drained(handle)
+
+
+@pytest.mark.parametrize("lanes", [4, 1], ids=["all", "one after another"])
+def test_when_its_idle_connections_are_lost_the_engine_burns_one_post_at_the_most(
+    here: MooncakeTransport, there: Start, monkeypatch: pytest.MonkeyPatch, lanes: int
+) -> None:
+    """The engine has up to four to a peer. It learns that one is dead from the write that fails on it; and after the
+    loss of the last that it had open it fails the next request whatever the time."""
+    monkeypatch.setattr(_mooncake_poster, "COOLDOWN_S", 0.05)  # waiting is not what helps
+    other = there()
+    region = other.ask("share", nbytes=MUCH)
+    peer = here.connect(other.describe())
+    assert ended(here, post(here, peer, region, source(here, bytes(MUCH if lanes > 1 else 1)))) is Status.DONE
+    for _ in range(4 // lanes):
+        assert cut_connections("127.0.0.1", peer.target.told.data_port) == lanes
+        assert over(here, one_byte(here, peer, region)) is Status.UNKNOWN
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE
 
 
 def test_a_peer_that_is_stopped_at_first_contact_gets_no_submit_and_disturbs_no_other(

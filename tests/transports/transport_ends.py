@@ -32,18 +32,21 @@ from tensorferry.core.transport import Copy, Region, RemoteRegion, Status, Trans
 PATIENCE_S = 30.0
 
 
-def eventually(condition: Callable[[], Any], what: str = "") -> Any:
-    """The condition's first true value; fails when there is none for half a minute."""
+def eventually(condition: Callable[[], Any], what: str | Callable[[], str] = "") -> Any:
+    """The condition's first true value; fails when there is none for half a minute, and then asks `what`."""
     deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"never: {what or condition}"
+        assert time.monotonic() < deadline, f"never: {what() if callable(what) else what or condition}"
         time.sleep(0.001)
     return value
 
 
 def ended(transport: Transport, handle: int) -> Status:
     """The handle's terminal status."""
-    eventually(lambda: transport.poll(handle) in (Status.DONE, Status.FAILED), f"the end of handle {handle}")
+    eventually(
+        lambda: transport.poll(handle) in (Status.DONE, Status.FAILED),
+        lambda: f"the end of handle {handle}, which is {transport.poll(handle).name}",
+    )
     return transport.poll(handle)
 
 
