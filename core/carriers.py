@@ -3,11 +3,14 @@
 The endpoint's memory is registered with all of them once. A peer's Hello offers what the peer has; `reach` connects
 to each offer that both can use and keeps the reason for every one that is not used. With one transport there is
 nothing to choose, and nothing here costs anything.
+
+Long because all that is known of the ways to a peer, and found out of them later, stands in one file.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +32,10 @@ from tensorferry.core.selection import Candidate, Verdict, preference, rank
 from tensorferry.core.transport import CONTRACT_VERSION, PeerState, Region, Transport
 
 log = logging.getLogger("tensorferry.carriers")
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks at how the transports describe themselves: strangers may cause one. It takes tcp
+0.9 ms on a host with three interfaces, whose list it reads."""
 
 Regions = Mapping[str, Region]
 """One piece of memory as each transport has registered it, by the transport's name."""
@@ -189,6 +196,7 @@ class Carriers:
         for other in choosy[1:]:
             self.reject(other, f"its targets have to be of its own making, and {choosy[0].name} comes first")
         self._allocator = choosy[0] if choosy else self.transports[0]
+        self._looked = -math.inf
 
     def _taking(self, fit: list[Transport]) -> list[Transport]:
         """Those that take memory of the pool's kind. Raises ConfigError for none."""
@@ -262,6 +270,23 @@ class Carriers:
             )
             for t in self.transports
         )
+
+    def news(self, told: tuple[m.Offer, ...], now: float, slabs: Iterable[Regions] = ()) -> tuple[m.Offer, ...]:
+        """What Hello should say instead of `told`: a transport may be found elsewhere by now, as where the network has
+        come up since. Asked of the transports once in LOOK_SECONDS.
+
+        The same transports in the same order, or `told` stays: one that is offered no more would be missing from what
+        the peer waits for before it takes this side's writes for ended (F4).
+        """
+        if now - self._looked < LOOK_SECONDS:
+            return told
+        self._looked = now
+        try:
+            offers = self.offers(slabs)
+        except Exception as problem:  # noqa: BLE001 - foreign code, and the greeting that asked for it goes on
+            log.debug("a transport does not describe itself again: %r", problem)
+            return told
+        return offers if [offer.name for offer in offers] == [offer.name for offer in told] else told
 
     def reach(self, hello: m.Hello, who: str, before: Reach | None = None) -> Reach:
         """Connect to a peer by every transport that both have; again when its Hello has changed, with the Reach of

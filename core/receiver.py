@@ -178,16 +178,25 @@ class ReceiverMachine(ReceiverState):
             buried[tenant.sender] = buried.get(tenant.sender, 0) + 1
         self.replacing.discard(slab)
         self.generations[slab] += 1
+        self._revise(self.hello.offers if offers is None else offers)
+        for t in list(self.transfers.values()):
+            self._maybe_forget(t)
+        return self._step()
+
+    def described(self, offers: tuple[m.Offer, ...]) -> list[Effect]:
+        """What the transports say of themselves by now: every sender is told, where it is news."""
+        if offers != self.hello.offers:
+            self._revise(offers)
+        return self._step()
+
+    def _revise(self, offers: tuple[m.Offer, ...]) -> None:
         self.hello = replace(
             self.hello, revision=self.hello.revision + 1, generations=m.pack_generations(self.generations),
-            offers=self.hello.offers if offers is None else offers,
+            offers=offers,
         )  # fmt: skip
         for route, peer in self.peers.items():
             if peer.inc:
                 self._send(route, self._hello(peer))
-        for t in list(self.transfers.values()):
-            self._maybe_forget(t)
-        return self._step()
 
     def resume_grants(self, xfer: int) -> list[Effect]:
         """The back-off after a bump is over (LV-3)."""

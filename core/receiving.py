@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +138,8 @@ class Receiver(Endpoint):
         def start() -> None:
             new = sender not in self._control.routes
             self._control.connect(sender)
+            offers = self.carriers.news(self.machine.hello.offers, time.monotonic(), self._buffers.regions())
+            self._do(self.machine.described(offers))
             try:
                 xfer, effects = self.machine.receive(room, sender, dummy=bool(dummy))
             except FerryError:

@@ -212,6 +212,12 @@ class SenderMachine(SenderState):
                 self._review(slot)
         return self._take_effects()
 
+    def described(self, offers: tuple[m.Offer, ...]) -> None:
+        """What the transports say of themselves by now: whoever says Hello from here on is told. Those that we have met
+        need it no more."""
+        if offers != self.hello.offers:
+            self.hello = replace(self.hello, offers=offers, revision=self.hello.revision + 1)
+
     # ============================================================ repetition (MSG-2)
 
     def resend(self, slot_id: int) -> list[Effect]:

@@ -204,6 +204,8 @@ class Sender(Endpoint):
     # ---- effects -----------------------------------------------------------------------------------------------
 
     def _on_message(self, route: str, message: m.Message, now: float) -> None:
+        if isinstance(message, m.Hello):
+            self.machine.described(self.carriers.news(self.machine.hello.offers, now))
         self._do(self.machine.on_message(route, message))
         if message.src in self.machine.receivers:
             self._heard[message.src] = now

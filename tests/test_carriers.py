@@ -10,7 +10,7 @@ import pytest
 from memory_kit import PlainTransport, RegisteringTransport
 
 from tensorferry.core import messages as m
-from tensorferry.core.carriers import Carriers, Reach
+from tensorferry.core.carriers import LOOK_SECONDS, Carriers, Reach
 from tensorferry.core.errors import (
     BadCall,
     ConfigError,
@@ -210,6 +210,31 @@ def _refusing(transport: RegisteringTransport) -> RegisteringTransport:
 
     transport.register = register  # type: ignore[method-assign]
     return transport
+
+
+# ---- what peers are told ------------------------------------------------------------------------------------------
+
+
+def test_a_transport_that_is_found_elsewhere_since_is_news_at_most_once_in_a_while() -> None:
+    one, other = Named("tcp"), Named("nixl")
+    carriers = Carriers([one, other])
+    told = carriers.offers()
+    assert carriers.news(told, 10.0) == told
+    one.describe = lambda: b"tcp, at another address"  # type: ignore[method-assign]
+    assert carriers.news(told, 10.0 + LOOK_SECONDS / 2) is told  # whoever knocks again and again costs no more
+    since = carriers.news(told, 10.0 + LOOK_SECONDS)
+    assert {offer.name: offer.descriptor for offer in since} == {"tcp": b"tcp, at another address", "nixl": b"nixl"}
+
+
+def test_what_cannot_be_said_again_as_a_whole_stays_as_it_was() -> None:
+    one, other = Named("tcp"), Named("nixl")
+    carriers = Carriers([one, other])
+    told = carriers.offers()
+    one.describe = lambda: {}["a defect"]  # type: ignore[method-assign]
+    assert carriers.news(told, 10.0) is told
+    del one.describe  # type: ignore[method-assign]
+    carriers.reject(other, "it went lame")
+    assert carriers.news(told, 20.0) is told  # its writes have to be proved ended as well
 
 
 # ---- reaching a peer ---------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from scenario_kit import PATIENCE, SMALL, Quay, assert_same, eventually, rows
 
 import tensorferry as tf
 from tensorferry import errors
+from tensorferry.backends import tcp
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
-from tensorferry.core import control, receiving, sending
+from tensorferry.core import asking, carriers, control, receiving, sending
 from tensorferry.core.transport import Region
 
 
@@ -178,6 +179,49 @@ def test_what_is_no_transport_is_refused() -> None:
     for nonsense in (5, ShmTransport, ["shm"]):
         with pytest.raises(errors.ConfigError, match="a name or an open Transport"):
             tf.Sender(SMALL, transport=nonsense)  # type: ignore[arg-type]
+
+
+# ---- a network that comes up later -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses of this host: none so far."""
+    addresses: list[str] = []
+    monkeypatch.setattr(tcp, "local_addresses", lambda: addresses)
+    monkeypatch.setattr(carriers, "LOOK_SECONDS", 0.0)
+    return addresses
+
+
+def test_a_sender_that_was_opened_before_its_network_was_up_tells_its_addresses_since(network: list[str]) -> None:
+    with tf.Sender(SMALL, transport="tcp") as sender:
+        [before] = (first := asking.ask(sender.address, PATIENCE)).offers
+        network.append("192.0.2.7")
+        [since] = (second := asking.ask(sender.address, PATIENCE)).offers
+        assert b"192.0.2.7" not in before.descriptor
+        assert b"192.0.2.7" in since.descriptor
+        assert second.revision == first.revision + 1
+        assert asking.ask(sender.address, PATIENCE).revision == second.revision  # nothing has changed since
+
+
+def test_a_receiver_that_was_opened_before_its_network_was_up_tells_its_addresses_since(network: list[str]) -> None:
+    with Quay("tcp", layout=SMALL) as quay:
+        quay.carry(10)
+
+        def told() -> tuple[int, bool]:
+            hello = quay.sender.machine.receivers[quay.receiver.incarnation].hello
+            return hello.revision, b"192.0.2.7" in hello.offers[0].descriptor
+
+        assert told() == (1, False)
+        network.append("192.0.2.7")
+        sending = quay.sender.announce(2, 300)
+        receiving = quay.receive(2)
+        eventually(lambda: told() == (2, True))
+        given = rows(300, layout=SMALL)
+        sending.put(0, **given)  # what has begun goes on
+        assert_same(receiving.result(PATIENCE), given)
+        quay.carry(10, room=3)
+        assert told() == (2, True)  # nothing has changed since
 
 
 # ---- ending --------------------------------------------------------------------------------------------------

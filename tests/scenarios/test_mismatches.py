@@ -24,6 +24,7 @@ def another_version(end: Any, offers: bool = False) -> None:
         if offers:
             offer = msgspec.structs.replace(hello.offers[0], contract=99)
             end.machine.hello = msgspec.structs.replace(hello, offers=(offer,))
+            end.carriers.offers = lambda slabs=(): (offer,)  # and whenever it describes itself again
         else:
             end.machine.hello = msgspec.structs.replace(hello, version=99)
 
