@@ -103,7 +103,8 @@ class Directory(ABC):
     def publish(self, entry: Entry, ttl: float) -> None:
         """The entry stands for `ttl` seconds from now, at least, and is gone soon after; saying it again renews it.
 
-        It replaces what an earlier incarnation has published. Raises NameTaken where a later one has, and BadEntry or
+        It replaces what an earlier incarnation has published, and what this one has: its address may be another by now.
+        Raises NameTaken where a later one has, and BadEntry or
         VersionMismatch where what stands there is not known to be older: that is left as it is.
         """
 

@@ -11,7 +11,10 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Self
+
+from msgspec.structs import replace
 
 from tensorferry.core.directory import CONTRACT_VERSION, Directory, Entry
 from tensorferry.core.errors import (
@@ -98,11 +101,14 @@ class Publication:
     The first publication is made here and now; what it raises is raised. After that nothing is: `error` says what went
     wrong the last time, None where nothing did. While the directory does not answer it is asked again and again, and
     the entry comes back with it. A later incarnation under the same name ends it (NameTaken). The directory is this
-    publication's, and closed with it.
+    publication's, and closed with it. `found_at`: asked at each renewal where it is found by now, of where it was.
     """
 
-    def __init__(self, directory: Directory, entry: Entry, ttl: float) -> None:
+    def __init__(
+        self, directory: Directory, entry: Entry, ttl: float, *, found_at: Callable[[str], str] = lambda before: before
+    ) -> None:
         self.entry = entry
+        self._found_at = found_at
         self.error: FerryError | None = None
         self._directory = directory
         self._ttl = ttl
@@ -120,6 +126,9 @@ class Publication:
     def _keep(self) -> None:
         while not self._leave.wait(self._ttl / RENEWALS):
             try:
+                if (address := self._found_at(self.entry.address)) != self.entry.address:
+                    log.info("%s is found at %s from now on", self.entry.name, address)
+                    self.entry = replace(self.entry, address=address)
                 self._directory.publish(self.entry, self._ttl)
             except NameTaken as problem:
                 self.error = problem

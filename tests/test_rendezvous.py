@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorferry as tf
-from tensorferry import api, cli, errors
+from tensorferry import api, cli, errors, reachable
 from tensorferry.backends import etcd as etcd_backend
 from tensorferry.commands.serving import Serving
 from tensorferry.commands.token_file import open_file
@@ -601,6 +601,29 @@ def test_whoever_closes_while_it_publishes_is_not_found_afterwards(monkeypatch):
         with pytest.raises(errors.BadCall, match="closed"):
             sender.publish("encoder-0")
         assert Shelf.kept == {}
+
+
+@pytest.mark.parametrize("said", ["", "tcp://192.0.2.1:5555"])
+def test_a_sender_that_is_published_before_its_network_is_up_is_found_at_its_address_since(monkeypatch, said):
+    addresses: list[str] = []
+    told: list[str] = []
+
+    class Told(Shelf):
+        def publish(self, one: Entry, ttl: float) -> None:
+            told.append(one.address)
+
+    monkeypatch.setattr(reachable, "local_addresses", lambda: list(addresses))
+    monkeypatch.setattr(api, "open_directory", lambda url: Told())
+    with tf.Sender(LAYOUT, transport="memory", bind="tcp://0.0.0.0:0", peer_timeout=0.3, heartbeat=0.05) as sender:
+        port = sender.address.rpartition(":")[2]
+        sender.publish("encoder-0", address=said)
+        assert told == [said or f"tcp://127.0.0.1:{port}"]
+        since = said or f"tcp://192.0.2.7:{port}"
+        for now in (["192.0.2.7"], ["192.0.2.8", "192.0.2.7"], []):  # up; another one, which is better; down again
+            addresses[:] = now
+            seen = len(told) + 1  # one may have looked before
+            until(lambda seen=seen: len(told) > seen, "a renewal")
+            assert told[-1] == since
 
 
 def test_any_distribution_may_bring_a_directory(monkeypatch):

@@ -56,21 +56,32 @@ class Sender(sending.Sender):
         it replaces an earlier incarnation's.
 
         `address`: what receivers are told; by default the bound one, or where it is bound to every interface, the one
-        by which this host reaches others. Waits a few seconds at most for the directory. Raises ConfigError,
-        UnknownDirectory, DirectoryUnavailable, NameTaken, BadEntry or VersionMismatch, and BadCall where the endpoint
-        is closed, before or meanwhile; all that goes wrong later is the publication's `error`, and hurts no transfer.
+        by which this host reaches others, looked up at each renewal: the network may come up later. Waits a few
+        seconds at most for the directory. Raises ConfigError, UnknownDirectory, DirectoryUnavailable, NameTaken,
+        BadEntry or VersionMismatch, and BadCall where the endpoint is closed, before or meanwhile; all that goes wrong
+        later is the publication's `error`, and hurts no transfer.
         """
         self._call(lambda: None)  # raises after `close`, and in a forked child
         addresses, only_here = reachable(self.address)
         if only_here and not address:
             log.info("%s is published, and only this host can reach it", addresses[0])
         entry = Entry(name=name or self.name, address=address or addresses[0], incarnation=self.incarnation)
-        made = Publication(open_directory(self.settings.directory), entry, self.settings.peer_timeout)
+        made = Publication(
+            open_directory(self.settings.directory),
+            entry,
+            self.settings.peer_timeout,
+            found_at=lambda before: address or self._found_at(before),
+        )
         self._publications.append(made)
         if self._leaving:  # `close` may have looked through the list before: nobody else would end it
             made.close()
             raise BadCall("the endpoint is closed")
         return made
+
+    def _found_at(self, before: str) -> str:
+        """As before, as long as that can be dialed; and where the network is down, for it will be back."""
+        addresses, only_here = reachable(self.address)
+        return before if only_here or before in addresses else addresses[0]
 
     def close(self) -> None:
         self._leaving = True
