@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tensorferry.backends import _engine_jobs
+from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._mooncake_contact import Contact
 from tensorferry.backends._mooncake_trial import Trial
 from tensorferry.backends._mooncake_wire import Descriptor, session_name
 from tensorferry.backends._process import ProcessWatch
-from tensorferry.core.transport import Status
 
 Piece = tuple[int, int, int]
 """(source address, target address, bytes)"""
@@ -53,35 +54,8 @@ class Target:
 
 
 @dataclass(eq=False, slots=True)
-class Job:
-    """One post. `status` is written by the poster's thread, replaced whole, and read by any."""
-
-    target: Target
-    pieces: deque[Piece]
-    keep: Sequence[object]
-    """What has to live while the engine may read the sources."""
-    queued_at: float
-    status: Status = Status.PENDING
-    cancelled: bool = False
-    under_way: int = 0
-    dropped: bool = False
-    """Some of it was not submitted and will not be."""
-
-    @property
-    def quiet(self) -> bool:
-        """The engine neither reads its source any more nor will."""
-        return self.under_way == 0 and not self.pieces
-
-    @property
-    def drained(self) -> bool:
-        """Nothing of it can land any more: by the peer's word, or because the peer's process has ended.
-
-        In the second case the engine may be trying still, over RDMA for minutes. What it then sends reaches nobody, so
-        the source may be written to again; it stays mapped (`keep`) until the engine has done with it.
-        """
-        if self.status is Status.UNKNOWN:
-            return self.target.ended()
-        return self.status is not Status.PENDING
+class Job(_engine_jobs.Job[Target, Piece]):
+    """One post."""
 
 
 @dataclass(slots=True)
@@ -89,10 +63,6 @@ class Submit:
     job: Job
     nbytes: int
     since: float
-
-
-Segment = tuple[object, int, int, int, int]
-"""(local memory, start of the remote region, source address, target address, bytes)"""
 
 
 def cut(segments: Sequence[Segment], most: int) -> deque[Piece]:

@@ -17,8 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 
+from tensorferry.backends._engine_thread import POLL_S, WATCH_S, Bell, EngineThread
 from tensorferry.backends._mooncake_contact import Contact
 from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.backends._mooncake_jobs import Job, Submit, Target
@@ -27,23 +27,14 @@ from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.mooncake")
 
-POLL_S = 0.0005
-"""Between two looks at what is under way. Looking costs the GIL: a spin here would take a core from the application."""
-
 LOOK_AT_ALL_S = 0.005
 """Between two looks at all that is under way, instead of at the oldest that is not over."""
-
-WATCH_S = 0.1
-"""Between two looks at peers of whom a post's outcome is not known."""
 
 COOLDOWN_S = 1.1
 """After a failure the engine connects to a peer again only after 1 s."""
 
 GRACE_S = 0.5
 """Beyond its own time-out, for an attempt at contact to end: one that hangs in the resolver does not."""
-
-LINGER_S = 0.5
-"""How long the end waits for submits that are under way. Longer ones are with peers that do not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,43 +46,39 @@ class Limits:
     """The engine's connections to one peer."""
 
 
-class Poster:
+class Poster(EngineThread[Target, Job]):
     """Owns the engine: its thread is the only one that submits and polls, and the one that destroys it at its end."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.bell = Bell(log)
+        super().__init__("tensorferry-mooncake-poster", limits.window, self.bell, log)
         self._engine = engine
         self._limits = limits
         self._pid = os.getpid()
-        self._inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
         self._lock = threading.RLock()
-        self._wake: Callable[[], None] | None = None
         self._stopping = False
-        self._targets: list[Target] = []
-        self._turn = 0
-        self._lost: list[Job] = []
         self._left_reading: list[int] = []  # reads that nobody waits for any more
         self._opening: Target | None = None
-        self._thread = threading.Thread(target=self._run, name="tensorferry-mooncake-poster", daemon=True)
-        self._thread.start()
+        self.thread.start()
 
     # ---- called by the transport -------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
 
     def write(self, job: Job) -> None:
         """Queue a post. After `stop` it is FAILED at once, so that none is left behind by a race with it."""
         with self._lock:
             if not self._stopping:
-                self._inbox.put(lambda: self._accept(job))
+                self.inbox.put(job)
                 return
-        self._finish(job, Status.FAILED)
+        self.bell.finish(job, Status.FAILED)
 
     def nudge(self) -> None:
         """Look again: something was cancelled, or a peer has answered."""
-        self._inbox.put(_nothing)
-
-    def on_progress(self, wake: Callable[[], None]) -> None:
-        with self._lock:
-            self._wake = wake
+        self.inbox.put(None)
 
     def stop(self) -> None:
         """Ask the thread to end, and the engine with it."""
@@ -102,40 +89,22 @@ class Poster:
         opening = self._opening
         if opening is not None:  # the thread may sit in a handshake that would take a minute
             self._engine.rescue(opening.told.address, opening.told.port)
-        self._inbox.put(None)
+        self.nudge()
 
     def close(self, timeout_s: float) -> bool:
         """`stop`, and wait for it. False: the engine has not ended within `timeout_s` seconds."""
         self.stop()
-        self._thread.join(timeout_s)
-        with self._lock:
-            self._wake = None
-        return not self._thread.is_alive()
+        self.thread.join(timeout_s)
+        self.bell.wake = None
+        return not self.thread.is_alive()
 
     # ---- the thread --------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                try:
-                    self._wait()
-                    self._step(time.monotonic())
-                except Exception:  # one peer's trouble must not end the thread that serves all
-                    log.exception("mooncake's poster met an error of its own")
-                    time.sleep(WATCH_S)
-        finally:
-            self._wind_up()
-
-    def _wait(self) -> None:
-        """Until there is something to do; takes in what came."""
-        timeout = self._pause()
-        try:
-            call = self._inbox.get_nowait() if timeout == 0 else self._inbox.get(timeout=timeout)
-            while call is not None:
-                call()
-                call = self._inbox.get_nowait()
-        except Empty:
-            return
+    def _take(self, what: Job | None) -> None:
+        if what is not None:
+            what.target.jobs.append(what)
+            if what.target not in self._targets:
+                self._targets.append(what.target)
 
     def _pause(self) -> float | None:
         under_way = [submit.job for target in self._targets for submit in target.under_way.values()]
@@ -158,19 +127,15 @@ class Poster:
         """When a job that waits for a peer to answer has waited long enough."""
         return max(job.queued_at, target.not_before) + self._limits.contact_s + GRACE_S
 
-    def _accept(self, job: Job) -> None:
-        if job.target not in self._targets:
-            self._targets.append(job.target)
-        job.target.jobs.append(job)
-
     def _step(self, now: float) -> None:
         for target in self._targets:
             self._poll(target, now)
             self._prepare(target, now)
         while self._submit_one_each():
             pass
-        self._targets = [t for t in self._targets if t.jobs or t.under_way or t.contact is not None]
+        self._targets = [t for t in self._targets if t.jobs or t.under_way or t.contact or t.trial]
         self._watch_lost()
+        self._left_reading = [batch for batch in self._left_reading if self._engine.status(batch) not in (1, -1)]
 
     # ---- what is under way -------------------------------------------------------------------------------
 
@@ -181,7 +146,7 @@ class Poster:
         for batch, submit in list(target.under_way.items()):
             code, age = self._engine.status(batch), now - submit.since
             if code == 0 and target.ended():
-                self._lose(submit.job)  # nothing to wait for; over RDMA the engine would for minutes
+                self._lose(submit.job, "its process has ended")  # over RDMA the engine would wait for minutes
             elif code == 0 and not all_of_them:
                 return  # they end about in order, and each look may cost a wait for the GIL
             if code in (1, -1):
@@ -190,13 +155,12 @@ class Poster:
                 target.opened = target.opened or code == 1
                 if code == -1:
                     self._suspect(target)
-                    self._lose(submit.job)
+                    self._lose(submit.job, "a submit of it failed")
                 self._settle(submit.job)
             elif age > self._limits.transfer_s + submit.nbytes / 1e9 and submit.job.status is Status.PENDING:
                 # It is polled on: the engine still reads its source.
-                log.warning("a submit to %s is not over after %.1f s", target.name, age)
                 self._suspect(target)
-                self._lose(submit.job)
+                self._lose(submit.job, f"a submit of it is not over after {age:.1f} s")
             elif age > self._limits.contact_s and not target.opened:
                 target.opened = True  # once: over RDMA the engine's own threads shake hands, after the submit
                 self._engine.rescue(target.told.address, target.told.port)
@@ -207,50 +171,11 @@ class Poster:
         self._end_trial(target)
         target.not_before = time.monotonic() + COOLDOWN_S
 
-    def _lose(self, job: Job) -> None:
-        if job.status is not Status.UNKNOWN:
-            job.pieces.clear()
-            if job in job.target.jobs:
-                job.target.jobs.remove(job)
-            self._lost.append(job)
-            job.status = Status.UNKNOWN
-            self._tell()
-
-    def _settle(self, job: Job) -> None:
-        """Give a job that is over its last status. A lost one has its own."""
-        if job.quiet and job.status is not Status.UNKNOWN:
-            self._finish(job, Status.FAILED if job.dropped else Status.DONE)
-        elif job.quiet:
-            self._tell()  # its source is free
-
-    def _finish(self, job: Job, status: Status) -> None:
-        job.status = status
-        job.keep = ()
-        self._tell()
-
-    def _tell(self) -> None:
-        wake = self._wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the thread that serves all rooms
-                log.exception("the function given to on_progress failed")
-
-    def _watch_lost(self) -> None:
-        """Wake the owner when the death of a peer drains what was not known of."""
-        for job in [job for job in self._lost if job.drained]:
-            self._lost.remove(job)
-            if job.quiet:
-                job.keep = ()
-            self._tell()
-        self._left_reading = [batch for batch in self._left_reading if self._engine.status(batch) not in (1, -1)]
-
     # ---- what waits --------------------------------------------------------------------------------------
 
     def _prepare(self, target: Target, now: float) -> None:
         """Whom to submit to: cancelled jobs leave, peers that are not known to answer are asked first."""
-        for job in [job for job in target.jobs if job.cancelled]:
-            self._drop(job)
+        self._drop_cancelled(target)
         contact = target.contact
         if contact is not None and contact.over:
             contact.join()
@@ -278,7 +203,7 @@ class Poster:
             target.contact = Contact(target.told, self._limits.contact_s, self.nudge)
 
     def _try_out(self, target: Target, trial: Trial) -> None:
-        _, there, _ = target.jobs[0].pieces[0]
+        _, there, _ = target.jobs[0].parts[0]
         trial.step(lambda: self._begin(target, lambda session: self._engine.read_byte(session, there)))
         if trial.works:
             target.ready, target.trial = True, None
@@ -292,51 +217,22 @@ class Poster:
             self._left_reading.append(target.trial.reading)
         target.trial = None
 
-    def _give_up(self, target: Target, why: str, which: Callable[[Job], bool] = lambda job: True) -> None:
-        jobs = [job for job in target.jobs if which(job)]
-        if jobs:
-            log.warning("%d posts to %s fail: %s", len(jobs), target.name, why)
-        for job in jobs:
-            self._drop(job)
-
-    def _drop(self, job: Job) -> None:
-        """Submit no more of a job."""
-        job.target.jobs.remove(job)
-        if not job.target.jobs:
-            self._end_trial(job.target)
-        job.pieces.clear()
-        job.dropped = True
-        self._settle(job)
-
-    def _submit_one_each(self) -> bool:
-        """One submit for each peer that has room. False: none had any."""
-        some = False
-        count = len(self._targets)
-        for n in range(count):
-            target = self._targets[(self._turn + n) % count]
-            if target.ready and target.jobs and len(target.under_way) < self._limits.window and not self._stopping:
-                self._submit(target)
-                some = True
-        self._turn += 1
-        return some
-
     def _submit(self, target: Target) -> None:
         job = target.jobs[0]
         if job.cancelled:
             self._drop(job)
             return
-        source, there, nbytes = job.pieces.popleft()
+        source, there, nbytes = job.parts.popleft()
         try:
             batch = self._begin(target, lambda session: self._engine.submit(session, source, there, nbytes))
-        except Exception:  # nothing says how far it came
-            log.exception("a submit to %s raised", target.name)
+        except Exception as error:  # noqa: BLE001 - nothing says how far it came
             self._suspect(target)
-            self._lose(job)
+            self._lose(job, f"a submit of it raised {error!r}")
             return
         if batch:
             job.under_way += 1
             target.under_way[batch] = Submit(job, nbytes, time.monotonic())
-            if not job.pieces:
+            if not job.parts:
                 target.jobs.popleft()
             return
         # Refused. Over TCP the engine's source says that nothing was begun: no segment, or no transport for it. Over
@@ -345,7 +241,7 @@ class Poster:
         if self._engine.protocol == "tcp":
             self._drop(job)
         else:
-            self._lose(job)
+            self._lose(job, "the engine refused to go on with it")
 
     def _begin(self, target: Target, begin: Callable[[str], int]) -> int:
         """Have the engine begin a transfer with this session; its id, or 0."""
@@ -372,19 +268,12 @@ class Poster:
 
     def _wind_up(self) -> None:
         """Fail what never began, wait a little for what has begun, destroy the engine where that does not take long."""
-        while not self._inbox.empty():
-            call = self._inbox.get()
-            if call is not None:
-                call()
+        self._take_all()
         for target in self._targets:
             self._give_up(target, "the transport closes")
             if target.contact is not None:
                 target.contact.abandon()
-        until = time.monotonic() + LINGER_S
-        while any(target.under_way for target in self._targets) and time.monotonic() < until:
-            for target in self._targets:
-                self._poll(target, time.monotonic())
-            time.sleep(POLL_S)
+        self._linger()
         left = [submit.job for target in self._targets for submit in target.under_way.values()]
         if left and self._engine.protocol != "tcp":
             log.warning("%d writes do not end: the engine is left as it is until the process ends", len(left))
@@ -392,8 +281,4 @@ class Poster:
         else:
             self._engine.close()
         for job in left:
-            self._lose(job)
-
-
-def _nothing() -> None:
-    """Only to end a wait."""
+            self._lose(job, "the transport closes")

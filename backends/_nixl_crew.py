@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 
 from tensorferry.backends import _nixl_poster
+from tensorferry.backends._engine_thread import Bell
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Target
 from tensorferry.backends._nixl_poster import Limits, Worker
@@ -24,7 +24,7 @@ class Crew:
     def __init__(self, agent: Agent, limits: Limits, workers: int) -> None:
         self.agent = agent
         self.limits = limits
-        self.wake: Callable[[], None] | None = None
+        self.bell = Bell(log)
         self._pid = os.getpid()
         # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
         self._lock = threading.RLock()
@@ -43,7 +43,7 @@ class Crew:
             if not self._stopping:
                 self._worker(job.target).inbox.put(job)
                 return
-        self.finish(job, Status.FAILED)
+        self.bell.finish(job, Status.FAILED)
 
     def forget(self, target: Target) -> None:
         """The peer was disconnected: what is posted goes on to its end, and then the engine may drop it."""
@@ -74,7 +74,7 @@ class Crew:
         deadline = time.monotonic() + timeout_s
         for worker in self.workers:
             worker.thread.join(max(0.0, deadline - time.monotonic()))
-        self.wake = None
+        self.bell.wake = None
         hung = [worker for worker in self.workers if worker.thread.is_alive()]
         if hung:
             self.agent.abandon()
@@ -103,20 +103,6 @@ class Crew:
                 made.append(Wireup(target, until, lambda: worker.inbox.put(None)))
                 other.inbox.put(made[-1])
         return made
-
-    def finish(self, job: Job, status: Status) -> None:
-        job.status = status
-        if job.quiet:
-            job.keep = ()
-        self.tell()
-
-    def tell(self) -> None:
-        wake = self.wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the thread that serves all rooms
-                log.exception("the function given to on_progress failed")
 
     def leave(self) -> None:
         """A thread ends. After the last of them the agent is destroyed."""

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tensorferry.backends import _engine_jobs
+from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._nixl_engine import Piece, Request, Route
 from tensorferry.backends._nixl_wire import Descriptor
 from tensorferry.backends._process import ProcessWatch
-from tensorferry.core.transport import Status
 
 if TYPE_CHECKING:
     from tensorferry.backends._nixl_wireup import Wireup
+
+Batch = tuple[Route, list[Piece]]
+"""One request: the engine takes one kind of memory on either side of it."""
 
 MOST_PIECES = 256
 """In one request: scattered ones cost 2.3 us each, all within one call."""
@@ -51,50 +55,27 @@ class Target:
     at_once: bool = True
     """Every request was over when its post returned, as copies are."""
 
+    @property
+    def name(self) -> str:
+        return self.told.agent
+
     def ended(self) -> bool:
         """Its process has ended."""
         return self.watch is not None and self.watch.ended()
 
 
 @dataclass(eq=False, slots=True)
-class Job:
-    """One post. `status` is written by a worker's thread, replaced whole, and read by any."""
+class Job(_engine_jobs.Job[Target, Batch]):
+    """One post."""
 
-    target: Target
-    batches: deque[tuple[Route, list[Piece]]]
-    """What is not submitted yet, a request each: the engine takes one kind of memory on either side of one."""
-    keep: Sequence[object]
-    """What has to live while the engine may read the sources."""
-    queued_at: float
-    status: Status = Status.PENDING
-    cancelled: bool = False
-    under_way: int = 0
     retried: bool = False
     """The engine knew no such memory at first; the peer's metadata was taken in anew for it."""
-    dropped: bool = False
-    """Some of it was not submitted and will not be."""
-
-    @property
-    def quiet(self) -> bool:
-        """The engine neither reads its source any more nor will."""
-        return self.under_way == 0 and not self.batches
-
-    @property
-    def drained(self) -> bool:
-        """Nothing of it can land any more: all requests came to their end well, or the peer's process has ended."""
-        if self.status is Status.UNKNOWN:
-            return self.target.ended()
-        return self.status is not Status.PENDING
 
 
 @dataclass(eq=False, slots=True)
 class Submit:
     job: Job
     request: Request
-
-
-Segment = tuple[object, int, int, int, int]
-"""(local memory, start of the remote region, source address, target address, bytes)"""
 
 
 def cut(segments: Sequence[Segment], most: int) -> deque[list[Piece]]:

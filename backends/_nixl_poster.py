@@ -2,8 +2,7 @@
 
 A thread of its own per peer would be too many, one for all would let each hold up the rest: so a few, and a peer
 belongs to one of them for good. The engine copies within the call that posts (between processes of one host), or it
-takes the request and has to be asked how it goes. It has no time-out of its own, so the clock is here. Long because the
-whole life of a post is told in one place.
+takes the request and has to be asked how it goes. It has no time-out of its own, so the clock is here.
 
 How a post ends. DONE: every request of it ended well, which the engine says when the peer has acknowledged it or the
 copy is made. FAILED: some of it was never submitted (the peer did not answer, it was cancelled, the transport closed)
@@ -15,13 +14,11 @@ end of its process drains such a post.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from tensorferry.backends._engine_thread import POLL_S, WATCH_S, Bell, EngineThread
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
 from tensorferry.backends._nixl_wireup import Wireup, Wireups
@@ -29,20 +26,11 @@ from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.nixl")
 
-POLL_S = 0.0005
-"""Between two looks at what is under way."""
-
-WATCH_S = 0.1
-"""Between two looks at peers of whom a post's outcome is not known."""
-
 COOLDOWN_S = 0.2
 """After an attempt at contact that failed, until the next one."""
 
 GLANCE_S = 2.0
 """How long a thread sleeps at most: it looks whether another one is stuck in the engine."""
-
-LINGER_S = 0.5
-"""How long the end waits for what is under way. What takes longer is with peers that do not answer."""
 
 STUCK_S = 10.0
 """A call of the engine that takes longer, beyond the progress time-out, does not come back."""
@@ -60,13 +48,10 @@ class Mates(Protocol):
 
     agent: Agent
     limits: Limits
+    bell: Bell
 
     @property
     def stopping(self) -> bool: ...
-
-    def finish(self, job: Job, status: Status) -> None: ...
-
-    def tell(self) -> None: ...
 
     def leave(self) -> None: ...
 
@@ -75,21 +60,21 @@ class Mates(Protocol):
     def complete(self, target: Target, worker: Worker) -> list[Wireup]: ...
 
 
-class Worker:
+class Worker(EngineThread[Target, Job]):
     """One thread, and the peers that it serves."""
 
     def __init__(self, crew: Mates) -> None:
-        self.inbox: SimpleQueue[Job | Target | Wireup | None] = SimpleQueue()
+        super().__init__("tensorferry-nixl-worker", crew.limits.window, crew.bell, log)
         self.called_at = 0.0
         """Since when it is inside the engine; 0: it is not."""
         self._crew = crew
         self._agent = crew.agent
         self._limits = crew.limits
-        self._targets: list[Target] = []
-        self._turn = 0
-        self._lost: list[Job] = []
         self._wireups = Wireups(self._agent)
-        self.thread = threading.Thread(target=self._run, name="tensorferry-nixl-worker", daemon=True)
+
+    @property
+    def stopping(self) -> bool:
+        return self._crew.stopping
 
     def abandon(self) -> None:
         """From another thread: this one does not come back. What is with it may still land, or not."""
@@ -97,34 +82,9 @@ class Worker:
         for job in jobs:
             if job.status is Status.PENDING:
                 job.status = Status.UNKNOWN
-        self._crew.tell()
+        self._bell.ring()
 
     # ---- the thread --------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            while not self._crew.stopping:
-                try:
-                    self._wait()
-                    self._step(time.monotonic())
-                except Exception:  # one peer's trouble must not end the thread that serves others
-                    log.exception("a nixl worker met an error of its own")
-                    time.sleep(WATCH_S)
-        finally:
-            try:
-                self._wind_up()
-            finally:
-                self._crew.leave()
-
-    def _wait(self) -> None:
-        """Until there is something to do; takes in what came."""
-        timeout = self._pause()
-        try:
-            self._take(self.inbox.get_nowait() if timeout <= 0 else self.inbox.get(timeout=timeout))
-            while True:
-                self._take(self.inbox.get_nowait())
-        except Empty:
-            return
 
     def _take(self, what: Job | Target | Wireup | None) -> None:
         if what is None:
@@ -176,13 +136,12 @@ class Worker:
             try:
                 done = self._agent.look(submit.request)
             except Exception as error:  # noqa: BLE001 - whatever it is, the request is over
-                self._end(target, submit)
                 self._lose(submit.job, f"a write failed: {error}")
+                self._end(target, submit)
                 self._suspect(target)
                 continue
             if done:
                 self._end(target, submit)
-                self._settle(submit.job)
         if not target.under_way:
             if target.cut:
                 self._forget(target)
@@ -197,8 +156,9 @@ class Worker:
         target.moved_at = time.monotonic()
         submit.job.under_way -= 1
         self._agent.release(submit.request)
-        if submit.job.status is Status.UNKNOWN and submit.job.quiet:
-            self._crew.tell()  # its source is free
+        if submit.job.quiet:
+            submit.job.keep = ()
+        self._settle(submit.job)
 
     def _suspect(self, target: Target) -> None:
         """The pair is spoilt: end its connections, and begin anew when nothing is under way on them any more."""
@@ -227,38 +187,12 @@ class Worker:
             self._forget(target)
         return True
 
-    def _lose(self, job: Job, why: str) -> None:
-        if job.status is Status.UNKNOWN:
-            return
-        log.warning("the outcome of a post to %s is not known: %s", job.target.told.agent, why)
-        job.batches.clear()
-        if job in job.target.jobs:
-            job.target.jobs.remove(job)
-        self._lost.append(job)
-        job.status = Status.UNKNOWN
-        self._crew.tell()
-
-    def _settle(self, job: Job) -> None:
-        """Give a job that is over its last status. A lost one has its own."""
-        if job.quiet and job.status is Status.PENDING:
-            self._crew.finish(job, Status.FAILED if job.dropped else Status.DONE)
-
-    def _watch_lost(self) -> None:
-        """Wake the owner when the death of a peer drains what was not known of."""
-        for job in self._lost:
-            if job.quiet:
-                job.keep = ()
-        for job in [job for job in self._lost if job.drained]:
-            self._lost.remove(job)
-            self._crew.tell()
-
     # ---- first contact, and contact after a failure ------------------------------------------------------
 
     def _prepare(self, target: Target, now: float) -> None:
         """Cancelled jobs leave. A peer that is not known to answer gets a byte on its doorstep first: until that has
         arrived, nothing is under way that could land later."""
-        for job in [job for job in target.jobs if job.cancelled]:
-            self._drop(job)
+        self._drop_cancelled(target)
         if target.knock is not None:
             self._await_answer(target, now)
         if not target.jobs or target.knock is not None:
@@ -322,44 +256,16 @@ class Worker:
         self._forget(target)
         target.not_before = time.monotonic() + COOLDOWN_S
 
-    def _give_up(self, target: Target, why: str, which: Callable[[Job], bool] = lambda job: True) -> None:
-        jobs = [job for job in target.jobs if which(job)]
-        if jobs:
-            log.warning("%d posts to %s fail: %s", len(jobs), target.told.agent, why)
-        for job in jobs:
-            self._drop(job)
-
-    def _drop(self, job: Job) -> None:
-        """Submit no more of a job."""
-        job.target.jobs.remove(job)
-        job.batches.clear()
-        job.dropped = True
-        self._settle(job)
-
     # ---- submitting --------------------------------------------------------------------------------------
 
-    def _submit_one_each(self) -> bool:
-        """One request for each peer that has room. False: none had any."""
-        some = False
-        count = len(self._targets)
-        for n in range(count):
-            target = self._targets[(self._turn + n) % count]
-            if target.ready and target.jobs and len(target.under_way) < self._limits.window:
-                if self._crew.stopping:
-                    return False
-                if target.learnt != target.told.revision and not self._learn(target):
-                    continue
-                self._submit(target)
-                some = True
-        self._turn += 1
-        return some
-
     def _submit(self, target: Target) -> None:
+        if target.learnt != target.told.revision and not self._learn(target):
+            return
         job = target.jobs[0]
         if job.cancelled:
             self._drop(job)
             return
-        batch = job.batches.popleft()
+        batch = job.parts.popleft()
         try:
             request = self._agent.prepare(target.told.agent, batch[1], batch[0])
         except Exception as error:  # noqa: BLE001 - it knows no such memory, or has forgotten the peer by itself
@@ -367,50 +273,50 @@ class Worker:
             if job.retried:
                 self._give_up(target, f"the engine refuses it: {error}", lambda one: one is job)
             else:
-                job.batches.appendleft(batch)
+                job.parts.appendleft(batch)
                 job.retried = True
             return
         submit = Submit(job, request)
         target.moved_at = time.monotonic() if not target.under_way else target.moved_at
         job.under_way += 1
         target.under_way.append(submit)
-        if not job.batches:
+        if not job.parts:
             target.jobs.popleft()
         self.called_at = time.monotonic()
         try:
             done = self._agent.submit(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing says how far it came
-            self._end(target, submit)
             self._lose(job, f"a write failed: {error}")
+            self._end(target, submit)
             self._suspect(target)
             return
         finally:
             self.called_at = 0.0
         if done:
             self._end(target, submit)
-            self._settle(job)
         else:
             target.at_once = False
 
     # ---- the end -----------------------------------------------------------------------------------------
 
     def _wind_up(self) -> None:
+        try:
+            self._end_all()
+        finally:
+            self._crew.leave()
+
+    def _end_all(self) -> None:
         """Fail what never began, and wait a little for what has begun."""
-        while not self.inbox.empty():
-            self._take(self.inbox.get())
+        self._take_all()
         for target in self._targets:
             self._give_up(target, "the transport closes")
             if target.knock is not None:
                 self._forget(target)
-        until = time.monotonic() + LINGER_S
-        while any(target.under_way for target in self._targets) and time.monotonic() < until:
-            for target in self._targets:
-                self._poll(target, time.monotonic())
-            time.sleep(POLL_S)
+        self._linger()
         for target in self._targets:
             for submit in list(target.under_way):
                 self._lose(submit.job, "the transport closes")
                 submit.job.under_way -= 1  # the agent ends after this, and reads no more
             target.under_way.clear()
         for job in self._lost:
-            self._crew.finish(job, Status.UNKNOWN)
+            self._bell.finish(job, Status.UNKNOWN)

@@ -327,7 +327,7 @@ class MooncakeTransport(HostTransport[Job]):
 
     def on_progress(self, wake: Callable[[], None]) -> None:
         self._check_open()
-        self._poster.on_progress(wake)
+        self._poster.bell.wake = wake
 
     def cancel(self, handle: int) -> None:
         """What is not submitted yet never will be; what is, ends as it does."""

@@ -40,6 +40,7 @@ from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends import _nixl_wire as wire
 from tensorferry.backends import _process
 from tensorferry.backends._descriptor import decode
+from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._host import this_host
 from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan
 from tensorferry.backends._mapping import Mapping
@@ -47,7 +48,7 @@ from tensorferry.backends._nixl_choice import choose, copies_refused
 from tensorferry.backends._nixl_crew import Crew
 from tensorferry.backends._nixl_engine import Agent, Route
 from tensorferry.backends._nixl_environment import MEMCPY, RDMA, TCP, Unfit
-from tensorferry.backends._nixl_jobs import Job, Segment, Target, cut
+from tensorferry.backends._nixl_jobs import Job, Target, cut
 from tensorferry.backends._nixl_keeping import Sealed, outlive
 from tensorferry.backends._nixl_options import NixlOptions
 from tensorferry.backends._nixl_poster import Limits
@@ -409,7 +410,7 @@ class NixlTransport(HostTransport[Job]):
 
     def on_progress(self, wake: Callable[[], None]) -> None:
         self._check_open()
-        self._crew.wake = wake
+        self._crew.bell.wake = wake
 
     def cancel(self, handle: int) -> None:
         """What is not submitted yet never will be; what is, ends as it does."""

@@ -195,7 +195,7 @@ def test_close_ends_a_question_of_the_engine(
     eventually(lambda: here._poster._opening is not None, "the engine asks")
     here.close()
     assert here.poll(handle) is Status.FAILED
-    assert not here._poster._thread.is_alive()
+    assert not here._poster.thread.is_alive()
 
 
 def test_close_with_a_stopped_peer_ends_and_says_unknown(here: MooncakeTransport, there: Start) -> None:
@@ -208,7 +208,7 @@ def test_close_with_a_stopped_peer_ends_and_says_unknown(here: MooncakeTransport
     waits = one_byte(here, peer, region)
     eventually(lambda: peer.target.under_way)
     here.close()
-    assert not here._poster._thread.is_alive()
+    assert not here._poster.thread.is_alive()
     assert here.poll(handle) is Status.UNKNOWN
     assert not here.drained(handle)
     assert here.poll(waits) in (Status.FAILED, Status.UNKNOWN)
