@@ -85,8 +85,10 @@ transcripts: ## record the golden transcripts anew
 .PHONY: conformance-matrix
 conformance-matrix: ## every transport through the suite, one after the other, into docs/conformance-matrix.md
 	@scripts/setup engines
-	@for name in memory shm tcp mooncake nixl; do \
-		$(BIN)/tensorferry conformance run $$name --tier verify --report build/conformance/$$name $(ARGS) \
+	@for pair in memory:Copying shm:Copying tcp:Tcp mooncake:Mooncake nixl:Nixl; do \
+		name=$${pair%:*}; \
+		PYTHONPATH=tests/conformance $(BIN)/tensorferry conformance run $$name --tier verify \
+			--hooks own_hooks:$${pair#*:} --report build/conformance/$$name $(ARGS) \
 			|| echo "$$name: exit status $$?"; \
 	done
 	$(BIN)/python scripts/write_conformance_matrix.py $(REPORTS) build/conformance/*/

@@ -38,11 +38,11 @@ def valid(report: Any) -> Any:
 
 
 def test_a_transport_that_conforms_exits_0_and_writes_its_reports(tmp_path: Path) -> None:
-    flags = ("--rules", "XFR-1,CAN-1,PEE-8", "--tier", "quick", "--seed", "7", "--report", "r")
+    flags = ("--rules", "XFR-1,CAN-1,CON-7", "--tier", "quick", "--seed", "7", "--report", "r")
     done = conformance("run", "memory", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "memory: tier quick, seed 7" in done.stdout
-    assert "PEE-8   inconclusive" in done.stdout
+    assert "CON-7   inconclusive" in done.stdout
     assert "conforms" in done.stdout
     told = valid(json.loads((tmp_path / "r" / "report.json").read_text()))
     assert (told["seed"], told["tier"], told["exit"]) == (7, "quick", 0)
@@ -130,7 +130,7 @@ def in_pytest(*args: str, cwd: Path) -> Any:
 
 
 def test_in_pytest_each_rule_is_an_item(tmp_path: Path) -> None:
-    flags = ("--transport=memory", "--ferry-rules=XFR-1,XFR-2,REG-8,FO-1,PEE-8", "--ferry-tier=quick")
+    flags = ("--transport=memory", "--ferry-rules=XFR-1,XFR-2,REG-8,FO-1,CON-7", "--ferry-tier=quick")
     done = in_pytest(*flags, "--ferry-report=r", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "2 passed, 3 skipped" in done.stdout

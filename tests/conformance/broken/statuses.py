@@ -156,17 +156,22 @@ class RetiresWithoutWaiting(MemoryTransport):
     capabilities = replace(MemoryTransport.capabilities, fences=MemoryTransport.capabilities.fences | {Fence.RETIRE})
 
 
-@broken({"FEN-2": "UNKNOWN when its writer closed is not drained"})
+@broken({"FEN-2": "after its link was cut, an UNKNOWN handle is not drained"})
 class NeverDrainsTheUnknown(MemoryTransport):
+    """What was under way when the link was cut is lost for good."""
+
+    lost: frozenset[int] = frozenset()
+
+    def cut(self) -> None:
+        poll = super().poll
+        self.lost |= {handle for handle in self._batches if poll(handle) is Status.PENDING}
+
     def poll(self, handle: int) -> Status:
         status = super().poll(handle)
-        self._lost = getattr(self, "_lost", set())
-        if status is Status.UNKNOWN:
-            self._lost.add(handle)
-        return Status.UNKNOWN if handle in self._lost else status
+        return Status.UNKNOWN if handle in self.lost else status
 
     def drained(self, handle: int) -> bool:
-        return self.poll(handle) is not Status.UNKNOWN and super().drained(handle)
+        return super().drained(handle) and handle not in self.lost
 
 
 @broken({"FEN-4": "landed"}, may={"XFR-21"})
