@@ -220,7 +220,7 @@ class Refused(OfTransfer, frozen=True, tag="R", kw_only=True):
 
 
 class Closed(OfTransfer, frozen=True, tag="x", kw_only=True):
-    """Close is heard and no write of the transfer is left. For rank 0: of any rank of the room."""
+    """Close is heard and no write of the transfer is waited for. For rank 0: of any rank of the room."""
 
 
 # ---- among the ranks of a receiver group ---------------------------------------------------------------------

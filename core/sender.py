@@ -22,6 +22,7 @@ from tensorferry.core.effects import Connect, Effect, Ended, PostWrite, Progress
 from tensorferry.core.ledger import Ranges
 from tensorferry.core.sender_state import (
     EVERY_EPOCH,
+    MOST_ABANDONED,
     MOST_TOMBSTONES,
     Binding,
     Offer,
@@ -328,7 +329,7 @@ class SenderMachine(SenderState):
         key = (message.src, message.xfer)
         if isinstance(message, m.Revoke) and self._is_drained(key, message.upto):
             self._send_fenced(r.route, key, message.upto)
-        elif isinstance(message, m.Close) and self._is_drained(key, EVERY_EPOCH):
+        elif isinstance(message, m.Close) and self._may_close(key):
             self._send(r.route, m.Closed(src=self.inc, dst=message.src, xfer=message.xfer))
         self.ignored["superseded"] += 1
 
@@ -339,10 +340,12 @@ class SenderMachine(SenderState):
             r.closed.discard(0, min_live)
             for xfer in [x for x in r.revoked if x < min_live]:
                 del r.revoked[xfer]
+            if min_live > self.abandoned.get(r.hello.src, min_live):  # no block of it is in quarantine any more
+                del self.abandoned[r.hello.src]
 
     def _on_transfer_message(self, r: Receiver, message: m.ToSender) -> None:
         key = (message.src, message.xfer)
-        over = message.xfer < r.min_live or message.xfer in r.closed
+        over = message.xfer < r.min_live or message.xfer in r.closed or self._is_abandoned(key)
         slot_id = self.where.get(key)
         if isinstance(message, m.Revoke):
             self._on_revoke(r, key, message.upto, over)
@@ -552,7 +555,7 @@ class SenderMachine(SenderState):
             if key[1] >= r.min_live:
                 r.closed.add(key[1])  # an Open that is still on its way must find it over (ID-3)
                 r.revoked.pop(key[1], None)
-            if self._is_drained(key, EVERY_EPOCH):
+            if self._may_close(key):
                 self._send(r.route, m.Closed(src=self.inc, dst=key[0], xfer=key[1]))
             return
         slot = self.slots[slot_id]
@@ -610,6 +613,10 @@ class SenderMachine(SenderState):
         if self._is_drained(b.key, EVERY_EPOCH):
             self._send(b.route, m.Closed(src=self.inc, dst=b.receiver, xfer=b.xfer))
 
+    def _may_close(self, key: tuple[int, int]) -> bool:
+        """Of a transfer that is over here. Closed frees no block: those of one that was given up are replaced (R4)."""
+        return self._is_abandoned(key) or self._is_drained(key, EVERY_EPOCH)
+
     def _end(self, slot: Slot) -> None:
         """Everybody has closed: tombstones, answers, and the caller's rows as soon as nothing reads them (WM-6)."""
         for b in slot.bindings.values():
@@ -651,17 +658,27 @@ class SenderMachine(SenderState):
         slot.touched += 1
 
     def abandon(self, receiver: int) -> list[Effect]:
-        """Writes to a receiver that was lost long ago are not waited for any more. No fence is ever said for them: if
-        it comes back, it replaces the memory (R4). The driver has seen to it that nothing of ours is read by them."""
-        if all(key[0] != receiver for key in self.where):
+        """Writes to a receiver that was lost long ago are not waited for any more: its transfers up to now are over,
+        and no fence is ever said for them. If it comes back, it replaces the memory (R4). The driver has seen to it
+        that nothing of ours is read by them.
+
+        This is kept in mind until the receiver says that they are over there, too (`min_live`). One that never comes
+        back never does: hence `may_abandon`.
+        """
+        if all(key[0] != receiver for key in self.where) and self.may_abandon(receiver):
             for write in [write for write, w in self.writes.items() if w.receiver == receiver]:
                 w = self.writes.pop(write)
-                self.abandoned.add((w.receiver, w.xfer))
+                self.abandoned[receiver] = max(w.xfer, self.abandoned.get(receiver, 0))
             r = self.receivers.pop(receiver, None)
             if r is not None and self.newest.get(r.name) == receiver:
                 del self.newest[r.name]
             self._release_sources()
         return self._take_effects()
+
+    def may_abandon(self, receiver: int) -> bool:
+        """False where too much is kept in mind already: its writes are waited for then, and it has a place among the
+        receivers until they drain. A sender that cannot drain has to be started anew; it never says what is not so."""
+        return receiver in self.abandoned or len(self.abandoned) < MOST_ABANDONED
 
     def _release_sources(self) -> None:
         reading = {w.serial for w in self.writes.values()}

@@ -22,6 +22,11 @@ MOST_TOMBSTONES = 1 << 16
 rooms live at once, which is far below this (MSG-5)."""
 
 
+MOST_ABANDONED = 1 << 16
+"""Receivers whose writes were given up and that may come back: two numbers each, about 7 MB together. Each of them has
+cost a room of the caller's, peer_timeout and a minute."""
+
+
 @dataclass(slots=True)
 class Binding:
     """One rank's transfer. `pending` is granted and not readable yet; `posted` and `done` are of this epoch."""
@@ -121,7 +126,7 @@ class SenderState:
         self.rooms: dict[int, int] = {}  # room -> the slot that a new offer or Open would join
         self.where: dict[tuple[int, int], int] = {}  # (receiver, xfer) -> slot
         self.given_up: dict[int, e.FerryError] = {}  # rooms that the receiver ended before there was an offer
-        self.abandoned: set[tuple[int, int]] = set()  # (receiver, xfer) whose writes are not waited for: never fenced
+        self.abandoned: dict[int, int] = {}  # receiver -> the last transfer of it whose writes are not waited for
         self.withdrawn: dict[int, e.FerryError] = {}  # rooms whose offer ended before anybody had opened them
         self.contested: set[int] = set()  # slots with a rival
         self.receivers: dict[int, Receiver] = {}
@@ -160,8 +165,12 @@ class SenderState:
     def _binding(self, w: Write) -> Binding | None:
         return self._binding_at((w.receiver, w.xfer))
 
+    def _is_abandoned(self, key: tuple[int, int]) -> bool:
+        """Of its writes, or of those of a later transfer, some may still be under way, and nobody watches them."""
+        return key[1] <= self.abandoned.get(key[0], 0)
+
     def _is_drained(self, key: tuple[int, int], upto: int) -> bool:
-        if key in self.abandoned:
+        if self._is_abandoned(key):
             return False
         return not any((w.receiver, w.xfer) == key and w.epoch <= upto for w in self.writes.values())
 
@@ -247,14 +256,14 @@ class SenderState:
                 for key, w in sorted(self.writes.items())
             ),
             tuple(sorted(self.rooms.items())), tuple((room, x.code) for room, x in sorted(self.given_up.items())),
-            tuple((room, x.code) for room, x in sorted(self.withdrawn.items())), tuple(sorted(self.abandoned)),
+            tuple((room, x.code) for room, x in sorted(self.withdrawn.items())), tuple(sorted(self.abandoned.items())),
             tuple(sorted(self.orphans)), self.next_slot, self.next_serial,
         )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
         slots, receivers, newest, writes, rooms, given_up, withdrawn, abandoned, orphans = snapshot[:9]
         self.next_slot, self.next_serial = snapshot[9:]
-        self.abandoned = set(abandoned)
+        self.abandoned = dict(abandoned)
         self.slots, self.serials, self.where, self.contested = {}, {}, {}, set()
         for id_, room, ranks, admitted, decision, abort, rival, offer, bindings in slots:
             slot = Slot(id_, room, None, ranks, {}, admitted, decision, abort, rival)

@@ -2,6 +2,8 @@
 
 The caller's rows are read where they lie if the transport can; a grant becomes posts of the transport's preferred
 size, packed components go through staging, and each finished post is one Done with its digests.
+
+Long because what one thread does for the sender stands in one file; posts are in posting.py.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from tensorferry.core.sender_state import Slot
 from tensorferry.core.settings import Settings
 from tensorferry.core.source import Source, on_a_gpu
 from tensorferry.core.staging import Stagings
+from tensorferry.core.timing import Troubles
 from tensorferry.core.transfer import Facts
 from tensorferry.core.transport import Transport
 
@@ -74,6 +77,7 @@ class Sender(Endpoint):
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
         self._arriving: dict[int, Source] = {}  # by serial: rows that a GPU is still computing
         self._heard: dict[int, float] = {}
+        self._troubles = Troubles()
         with self._undo as undo:
             staging = Stagings(self.carriers, settings.staging_bytes)
             undo.callback(staging.close)
@@ -298,7 +302,17 @@ class Sender(Endpoint):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
         for receiver in {w.receiver for w in machine.writes.values()} - bound:
             keys.add(("abandon", receiver))
-            if watches.age(("abandon", receiver), now) > ABANDON_SECONDS and self._poster.abandon(receiver):
+            if watches.age(("abandon", receiver), now) <= ABANDON_SECONDS:
+                continue
+            if not machine.may_abandon(receiver):
+                if (more := self._troubles.worth_telling("abandoned", now)) is not None:
+                    log.error(
+                        "writes to %d receivers that were lost are kept in mind, and those to others are waited for: "
+                        "start this side anew before it has no room for new receivers%s",
+                        len(machine.abandoned),
+                        more,
+                    )
+            elif self._poster.abandon(receiver):
                 log.warning("writes to a receiver that was lost are not waited for any more")
                 self._do(machine.abandon(receiver))
         for receiver, target in self._poster.targets.items():

@@ -5,6 +5,7 @@ Pure bookkeeping: every method takes `now` (seconds on a monotonic clock).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,13 @@ TICK = 0.05
 """Seconds between looks at the clock while anything is live."""
 
 IDLE_TICK = 0.5
+
+
+LOG_AGAIN_SECONDS = 60.0
+"""Least time between two lines of a log about one trouble that lasts."""
+
+MOST_TROUBLES = 64
+"""Kept apart; of more, the one that was met longest ago counts as new when it comes again."""
 
 
 @dataclass(slots=True)
@@ -73,6 +81,24 @@ class Watches:
         """Forget what is over."""
         for key in [key for key in self.items if key not in keys]:
             del self.items[key]
+
+
+@dataclass
+class Troubles:
+    """What is met again and again, for a log: told when it comes up, then once in LOG_AGAIN_SECONDS."""
+
+    met: dict[str, tuple[float, int]] = field(default_factory=dict)  # told when, and met how often since
+
+    def worth_telling(self, trouble: str, now: float) -> str | None:
+        """What a line about it ends with: how often it was met since the last line. None: it is too soon for one."""
+        told, times = self.met.pop(trouble, (-math.inf, 0))
+        if now - told < LOG_AGAIN_SECONDS:
+            self.met[trouble] = told, times + 1
+            return None
+        self.met[trouble] = now, 0
+        while len(self.met) > MOST_TROUBLES:
+            del self.met[next(iter(self.met))]
+        return f" ({times + 1} times in {now - told:.0f} s)" if times else ""
 
 
 def bump_pause(bumps: int) -> float:

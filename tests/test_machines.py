@@ -11,6 +11,7 @@ from ferry import SENDER, Ferry, facts, hello
 from tensorferry.core import effects as fx
 from tensorferry.core import errors as e
 from tensorferry.core import messages as m
+from tensorferry.core import sender
 from tensorferry.core.policy import SenderPolicy
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.sender import SenderMachine
@@ -781,17 +782,91 @@ def test_a_fence_that_does_not_come_costs_a_slab_and_not_the_transfer() -> None:
     finish(ferry)
 
 
+def given_up(ferry: Ferry, receiver: int) -> None:
+    """Writes that were lost on the way, long ago."""
+    ferry.writes.clear()
+    ferry.carry_out("sender", ferry.sender.abandon(receiver))
+    assert not ferry.sender.writes
+    assert receiver not in ferry.sender.receivers
+
+
+def test_writes_that_were_given_up_are_never_fenced_and_forgotten_when_the_receiver_is_through_with_them() -> None:
+    """R4: it replaces the memory. Kept for a receiver until it says that all of that is over (R1)."""
+    ferry = met(pool=4, slabs=2, window=2, optimistic=False)
+    ferry.hold_writes = True
+    ferry.send(1, 2)
+    xfer = ferry.receive(1)
+    ferry.deliver()
+    ferry.carry_out("rank0", ferry.receiver.cancel(xfer, e.Cancelled("enough")))
+    ferry.deliver()
+    given_up(ferry, 10)
+    for _ in range(3):
+        ferry.resend()
+    assert not said(ferry, m.Fenced)
+    assert len(ferry.receiver.pool.quarantined) == 2
+    ferry.carry_out("rank0", ferry.receiver.fence_overdue(1000))
+    ferry.resend()
+    assert not ferry.receiver.transfers  # Closed is said: it frees no block
+    assert ferry.sender.abandoned == {10: xfer}
+    ferry.hold_writes = False
+    serial, second = ferry.send(2, 2), ferry.receive(2)
+    finish(ferry)
+    assert rows(ferry, second) == whole(serial, 2)
+    assert not ferry.sender.abandoned
+    assert not said(ferry, m.Fenced)
+
+
+def test_a_transfer_whose_writes_were_given_up_is_over_when_its_receiver_comes_back() -> None:
+    """It asks for the very blocks that the old writes may still land in: WS-1, at most one post per (epoch, index)."""
+    ferry = met(pool=2, first_grant=2)
+    ferry.hold_writes = True
+    ferry.drop = lambda to, message: isinstance(message, m.Announce)
+    ferry.send(1, 2)
+    xfer = ferry.receive(1)
+    ferry.deliver()
+    assert len(ferry.writes) == 2  # to blocks that were lent
+    ferry.carry_out("sender", ferry.sender.receiver_lost(10, e.PeerLost("silence"), gone=False))
+    given_up(ferry, 10)
+    ferry.drop = lambda to, message: False
+    for _ in range(3):
+        ferry.resend()
+    assert not ferry.writes
+    assert isinstance(ferry.ended["rank0", xfer], e.PeerLost)
+    assert len(ferry.receiver.pool.quarantined) == 2
+
+
+def test_no_more_writes_are_given_up_than_can_be_kept_in_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "MOST_ABANDONED", 1)
+    ferry = met(pool=2, window=2, optimistic=False)
+    ferry.add_receiver("other", 50)
+    ferry.hold_writes = True
+    for room, rank in ((1, "rank0"), (2, "other")):
+        ferry.send(room, 2)
+        xfer = ferry.receive(room, rank)
+        ferry.deliver()
+        ferry.carry_out(rank, ferry.receivers[rank].cancel(xfer, e.Cancelled("enough")))
+        ferry.deliver()
+    ferry.carry_out("sender", ferry.sender.abandon(10))
+    ferry.carry_out("sender", ferry.sender.abandon(50))
+    assert list(ferry.sender.abandoned) == [10]
+    assert [w.receiver for w in ferry.sender.writes.values()] == [50]
+    assert not ferry.sender.may_abandon(50)
+    ferry.carry_out("sender", ferry.sender.write_drained(next(iter(ferry.sender.writes)), {0, 1}))
+    ferry.deliver()
+    assert [fenced.dst for fenced in said(ferry, m.Fenced)] == [50]
+
+
 def test_rooms_are_bounded_on_both_sides() -> None:
     ferry = met(pool=4, max_rooms=3)
     for room in range(3):
         ferry.receive(room)
     with pytest.raises(e.Overloaded):
         ferry.receiver.receive(9, SENDER)
-    sender = SenderMachine(hello(1, "s"), SenderPolicy(max_rooms=2))
-    sender.offer(1, facts(1))
-    sender.offer(2, facts(1))
+    machine = SenderMachine(hello(1, "s"), SenderPolicy(max_rooms=2))
+    machine.offer(1, facts(1))
+    machine.offer(2, facts(1))
     with pytest.raises(e.Overloaded):
-        sender.offer(3, facts(1))
+        machine.offer(3, facts(1))
 
 
 # ---------------------------------------------------------------- rooms

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorferry.core import timing
 from tensorferry.core.policy import AUTO_WINDOW_BLOCKS, ReceiverPolicy
 from tensorferry.core.rounds import Round, RoundLog
-from tensorferry.core.timing import Watches, bump_pause, new_incarnation
+from tensorferry.core.timing import Troubles, Watches, bump_pause, new_incarnation
 
 # ---------------------------------------------------------------- how much to grant (R5)
 
@@ -87,6 +87,25 @@ def test_the_pause_after_a_bump_doubles_up_to_a_bound() -> None:
     assert pauses[-1] == timing.BUMP_PAUSE_MOST
     assert bump_pause(0) == timing.BUMP_PAUSE_FIRST
     assert bump_pause(5000) == timing.BUMP_PAUSE_MOST
+
+
+def test_a_trouble_that_lasts_is_told_at_once_and_then_now_and_again_with_how_often() -> None:
+    troubles, again = Troubles(), timing.LOG_AGAIN_SECONDS
+    assert troubles.worth_telling("a", 10.0) == ""
+    assert troubles.worth_telling("b", 10.5) == ""
+    assert [troubles.worth_telling("a", 10.0 + k * again / 4) for k in range(1, 4)] == [None] * 3
+    assert troubles.worth_telling("a", 10.0 + again) == " (4 times in 60 s)"
+    assert troubles.worth_telling("a", 11.0 + again) is None
+    assert troubles.worth_telling("a", 20.0 + 3 * again) == " (2 times in 130 s)"
+    assert troubles.worth_telling("b", 20.0 + 3 * again) == ""  # it was met once, and long ago
+
+
+def test_troubles_without_end_are_not_all_kept() -> None:
+    troubles = Troubles()
+    for k in range(3 * timing.MOST_TROUBLES):
+        assert troubles.worth_telling(f"block {k}", 1.0) == ""
+        assert troubles.worth_telling("the same", 1.0) == ("" if k == 0 else None)
+    assert len(troubles.met) == timing.MOST_TROUBLES
 
 
 @given(st.integers(0, 4_000_000_000_000_000_000), st.integers(1000, 10**18), st.integers(0, 4095), st.integers(0, 4095))

@@ -16,7 +16,7 @@ import tensorferry as tf
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.conformance.faults import FaultProxy
-from tensorferry.core import asking, errors, receiving, sending
+from tensorferry.core import asking, errors, receiving, sender, sending
 from tensorferry.core.posting import FALL_BACK_AFTER, MOST_POSTS
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import PeerState, Transport
@@ -375,9 +375,12 @@ def test_a_write_that_hangs_does_not_pin_rows_that_waited_for_staging_when_the_t
         let_go(sides.sender)
 
 
-def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As where it died on another host: nothing proves it, and nothing ever drains what it was sent."""
     monkeypatch.setattr(sending, "ABANDON_SECONDS", 0.3)
+    monkeypatch.setattr(sender, "MOST_ABANDONED", 0)
     bad = Sockets(MemoryOptions())
     script(bad, lambda n: LOSE if n >= 2 else WRITE)
     with Sides([bad], [memory()], peer_timeout=0.6, heartbeat=0.1) as sides:
@@ -388,7 +391,11 @@ def test_writes_to_a_receiver_that_was_lost_are_not_kept_for_ever(monkeypatch: p
         eventually(lambda: bad.held)
         lost._call(lambda: setattr(lost._control, "send", lambda route, message: None))  # it is never heard again
         sent.cancel()
+        eventually(lambda: "start this side anew" in caplog.text)
+        assert sides.sender._call(lambda: dict(sides.sender.machine.writes))  # there is no room to remember them
+        monkeypatch.setattr(sender, "MOST_ABANDONED", 1)
         eventually(lambda: not sides.sender._call(lambda: dict(sides.sender.machine.writes)))
+        assert caplog.text.count("start this side anew") == 1
         assert lost.incarnation not in sides.sender.machine.receivers
         assert not sides.sender._poster._posted
         eventually(lambda: not sides.sender._poster.sources)
