@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tensorferry.core.copying import Reading, keep, outlive
 from tensorferry.core.digest import block_seed, digest
 from tensorferry.core.errors import DeviceError, FerryError, InternalError
 from tensorferry.core.receiver import ReceiverMachine
+from tensorferry.core.timing import Troubles
 from tensorferry.core.transfer import Facts
 
 log = logging.getLogger("tensorferry.receiver")
@@ -55,11 +57,13 @@ class Gatherer:
         buffers: PoolBuffers,
         machine: ReceiverMachine,
         do: Callable[[list[fx.Effect]], None],
+        troubles: Troubles | None = None,
     ) -> None:
         self.destinations: dict[int, Destination] = {}  # by xfer, until the end
         self._buffers = buffers
         self._machine = machine
         self._do = do
+        self._troubles = troubles or Troubles()
         self._verifying: deque[Verifying] = deque()  # both in the order in which the device was asked
         self._copying: deque[Copying] = deque()
 
@@ -78,10 +82,10 @@ class Gatherer:
     def _give_up(self, xfer: int, indices: list[int], problem: Exception) -> None:
         t = self._machine.transfers.get(xfer)
         room = t.room if t is not None else "that is over"
-        log.log(
-            logging.WARNING if isinstance(problem, DeviceError) else logging.ERROR,
-            "gathering for room %s failed: %s", room, problem, exc_info=not isinstance(problem, FerryError),
-        )  # fmt: skip
+        if not isinstance(problem, DeviceError):
+            log.error("gathering for room %s failed: %s", room, problem, exc_info=not isinstance(problem, FerryError))
+        elif (more := self._troubles.worth_telling(problem.cause, time.monotonic())) is not None:  # every room meets it
+            log.warning("gathering for room %s failed: %s%s", room, problem, more)
         pending = [index for index in indices if t is not None and index in t.gathering]
         error = problem if isinstance(problem, FerryError) else InternalError(f"gather failed: {problem!r}")
         self._do(self._machine.fail(xfer, error))

@@ -27,6 +27,7 @@ from tensorferry.core.endpoint import CALL_SECONDS, Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
+    DeviceError,
     FerryError,
     InternalError,
     PeerLost,
@@ -41,7 +42,7 @@ from tensorferry.core.layout import AUX_WORDS, Geometry, Layout
 from tensorferry.core.policy import receiver_policy
 from tensorferry.core.receiver import ReceiverMachine
 from tensorferry.core.settings import Settings
-from tensorferry.core.timing import bump_pause
+from tensorferry.core.timing import Troubles, bump_pause
 from tensorferry.core.transfer import Phase, Transfer
 from tensorferry.core.transport import Transport
 
@@ -95,6 +96,7 @@ class Receiver(Endpoint):
         self._known: dict[int, Known] = {}  # by sender incarnation
         self._heard: dict[str, float] = {}
         self._stuck_slabs: dict[int, float] = {}
+        self._troubles = Troubles()
 
         def pick(pieces: list[tuple[int, int]], n: int) -> list[int]:
             chosen = choose(pieces, n)
@@ -121,7 +123,7 @@ class Receiver(Endpoint):
             policy = receiver_policy(settings, layout, self.geometry)
             blocks = BlockPool(settings.pool_blocks, self.geometry.blocks_per_slab, pick)
             self.machine = ReceiverMachine(hello, blocks, policy, group)
-            self._gatherer = Gatherer(self._buffers, self.machine, self._do)
+            self._gatherer = Gatherer(self._buffers, self.machine, self._do, self._troubles)
             self._start()
 
     # ---- what callers do ---------------------------------------------------------------------------------------
@@ -198,8 +200,10 @@ class Receiver(Endpoint):
             self._show_way(route, message)
         elif isinstance(message, m.Done):
             self._check_path(message)
-        elif isinstance(message, m.Fenced):
-            self._settle(lambda t: (t.xfer, t.sender) == (message.xfer, message.src) and t.epoch <= message.upto)
+        elif isinstance(message, m.Fenced) and not self._settle(
+            lambda t: (t.xfer, t.sender) == (message.xfer, message.src) and t.epoch <= message.upto
+        ):
+            return
         self._do(self.machine.on_message(route, message))
 
     def _show_way(self, route: str, announced: m.Announce) -> None:
@@ -284,14 +288,23 @@ class Receiver(Endpoint):
         log.warning("slab %d was replaced: a lost peer may still write to its old memory", slab)
         self._do(self.machine.slab_replaced(slab, self.carriers.offers(self._buffers.regions())))
 
-    def _settle(self, ending: Callable[[Tenant], bool]) -> None:
+    def _settle(self, ending: Callable[[Tenant], bool]) -> bool:
         """Blocks come out of quarantine, or will the moment they enter it, for their sender is gone: what their last
         writes placed has to be where it belongs before the next tenant's writes follow, also where nobody is going to
-        read it (INT-3)."""
+        read it (INT-3). False where a GPU does not see to it: that proof is none, and they get fresh memory in time."""
         pool = self.machine.pool
         late = [block for block, tenant in (pool.quarantined | pool.granted).items() if ending(tenant)]
-        for slab in {self.geometry.slab_of(block) for block in late}:
+        return all(self._flush(slab) for slab in {self.geometry.slab_of(block) for block in late})
+
+    def _flush(self, slab: int) -> bool:
+        """A GPU that refuses once may refuse for good, and is asked again and again."""
+        try:
             self._buffers.flush(slab)
+        except DeviceError as problem:
+            if (more := self._troubles.worth_telling(problem.cause, time.monotonic())) is not None:
+                log.warning("what was written to the pool is not flushed: %s%s", problem, more)
+            return False
+        return True
 
     def _do(self, effects: Iterable[fx.Effect]) -> None:
         super()._do(effects)
@@ -299,8 +312,10 @@ class Receiver(Endpoint):
             free = set(self.machine.pool.free_blocks)
             for block in free - self._poisoned:
                 # What a fence freed may be placed and not visible yet: it must not become so over the pattern.
-                self._buffers.flush(self.geometry.slab_of(block))
-                self._buffers.poison(block)
+                if self._flush(self.geometry.slab_of(block)):
+                    self._buffers.poison(block)
+                else:
+                    free.discard(block)
             self._poisoned = free
 
     def _check_poison(self, blocks: Iterable[int]) -> None:
@@ -453,7 +468,8 @@ class Receiver(Endpoint):
         bound = {t.sender for t in self.machine.transfers.values()}
         for inc, known in list(self._known.items()):
             if known.reach.quiet:
-                self._settle(lambda t, inc=inc: t.sender == inc)  # type: ignore[misc]
+                if not self._settle(lambda t, inc=inc: t.sender == inc):  # type: ignore[misc]
+                    continue
                 del self._known[inc]
                 known.reach.disconnect()
                 self._buffers.graveyard.exhume(inc)

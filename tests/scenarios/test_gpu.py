@@ -338,6 +338,39 @@ def test_blocks_that_a_dead_sender_was_granted_are_flushed_before_the_next_tenan
         assert all(free == 0 for _, free in flushed), flushed
 
 
+@pytest.mark.parametrize("dead", [False, True], ids=["fenced", "dead"])
+def test_a_gpu_that_never_flushes_costs_fresh_memory_and_a_line_of_the_log(
+    gpu: StandIn, caplog: pytest.LogCaptureFixture, dead: bool
+) -> None:
+    """No proof for the blocks of lost writes is one, then: they are replaced, and what it says is said once."""
+    settings = {"peer_timeout": 1.0, "heartbeat": 0.1}
+    with quay(gpu, pool_device="cuda", poison=False, clean=False, **settings) as here:
+        here.sender.announce(1, 1000)  # a loan goes out, and no rows come
+        transfer = here.receive()
+        eventually(lambda: here.receiver.free_blocks == 0)
+        transport: Any = here.receiver.carriers.transports[0]
+        asked: list[int] = []
+
+        def refuse(region: Any) -> None:
+            asked.append(region.id)
+            raise DeviceError("the flush failed", room=len(asked))
+
+        transport.flush = refuse
+        if dead:
+            here.crash(here.sender)
+        else:
+            transfer.cancel()
+        eventually(lambda: here.receiver.free_blocks == 4)
+        assert len(asked) > 1
+        for room in () if dead else (2, 3):
+            here.sender.send(room, **rows(300))
+            with pytest.raises(DeviceError):
+                here.receive(room).result(PATIENCE)
+        told = [record.getMessage() for record in caplog.records if "the flush failed" in record.getMessage()]
+        assert len(told) == 1, told
+        assert "internal error" not in caplog.text
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------
 
 
