@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from tensorferry.backends._process import ProcessWatch
 from tensorferry.core.transport import Status
 
 
 class Target(Protocol):
     """A peer, as the thread that posts to it knows it."""
 
+    watch: ProcessWatch | None
+    """Its process, where it is one of this host."""
     ready: bool
     """It may be submitted to."""
 
@@ -29,7 +32,7 @@ class Target(Protocol):
         """What the engine has, sized."""
 
     def ended(self) -> bool:
-        """Its process has ended, which is known of processes of this host alone."""
+        """Its process has ended, by its watch."""
 
 
 T = TypeVar("T", bound=Target)

@@ -7,9 +7,8 @@ from typing import Annotated
 import msgspec
 
 from tensorferry.backends import _mooncake_environment as environment
+from tensorferry.backends._engine_options import CONTACT_S, MIB, ContactTimeout
 from tensorferry.core.transport import Options
-
-MIB = 1 << 20
 
 
 class MooncakeOptions(Options, frozen=True):
@@ -33,12 +32,7 @@ class MooncakeOptions(Options, frozen=True):
             description="rdma: do not open unless the engine runs over RDMA; empty: take what there is.",
         ),
     ] = ""
-    contact_timeout: Annotated[
-        float,
-        msgspec.Meta(
-            gt=0, le=3600, description="Seconds that a peer has to answer before a post to it; then the post fails."
-        ),
-    ] = 5.0
+    contact_timeout: ContactTimeout = CONTACT_S
     progress_timeout: Annotated[
         int,
         msgspec.Meta(

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from tensorferry.backends._engine_options import CONTACT_S, MIB, ContactTimeout
 from tensorferry.core.transport import Options
-
-MIB = 1 << 20
 
 
 class NixlOptions(Options, frozen=True):
@@ -30,12 +29,7 @@ class NixlOptions(Options, frozen=True):
             "there is.",
         ),
     ] = ""
-    contact_timeout: Annotated[
-        float,
-        msgspec.Meta(
-            gt=0, le=3600, description="Seconds that a peer has to answer before a post to it; then the post fails."
-        ),
-    ] = 5.0
+    contact_timeout: ContactTimeout = CONTACT_S
     progress_timeout: Annotated[
         float,
         msgspec.Meta(

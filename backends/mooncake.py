@@ -20,12 +20,8 @@ ask for no password. Use it in networks that you trust, as you would the engine 
 
 from __future__ import annotations
 
-import atexit
 import os
-import secrets
 import time
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +30,8 @@ from tensorferry.backends import _mooncake_wire as wire
 from tensorferry.backends import _process
 from tensorferry.backends._addresses import local_addresses
 from tensorferry.backends._descriptor import decode
-from tensorferry.backends._host import this_host
-from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan, log
+from tensorferry.backends._engine_transport import EnginePeer, EngineTransport
+from tensorferry.backends._hostcopy import HostPeer, Plan
 from tensorferry.backends._mooncake_contact import check_protocols
 from tensorferry.backends._mooncake_engine import Engine, load
 from tensorferry.backends._mooncake_environment import Unfit
@@ -44,42 +40,20 @@ from tensorferry.backends._mooncake_options import MooncakeOptions
 from tensorferry.backends._mooncake_poster import Limits, Poster
 from tensorferry.backends._mooncake_sockets import Aftermath
 from tensorferry.core.cuda_driver import carried
-from tensorferry.core.errors import (
-    ConfigError,
-    OutOfBounds,
-    ProtocolViolation,
-    TransportError,
-    TransportUnavailable,
-    Unsupported,
-)
+from tensorferry.core.errors import ConfigError, ProtocolViolation, TransportUnavailable
 from tensorferry.core.memory import Memory
-from tensorferry.core.transport import (
-    Capabilities,
-    Copy,
-    Fence,
-    Options,
-    PeerState,
-    Probe,
-    Readiness,
-    Region,
-    RemoteRegion,
-    Status,
-)
+from tensorferry.core.transport import Capabilities, Fence, Options, Probe, Readiness, Region, Status
 
 
 @dataclass(slots=True, eq=False)
-class MooncakePeer(HostPeer):
+class MooncakePeer(EnginePeer):
     """An engine of another process, or of this one."""
 
     target: Target = field(kw_only=True)
-    traceable: bool = field(kw_only=True)
-    """Its connections to us can be seen in the kernel's tables."""
-    addresses: dict[tuple[int, int], int] = field(default_factory=dict)
     aftermath: Aftermath | None = None
-    gone: bool = False
 
 
-class MooncakeTransport(HostTransport[Job]):
+class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
     """Writes into memory that peers have registered with their engines. See the module's docstring."""
 
     name = "mooncake"
@@ -145,16 +119,9 @@ class MooncakeTransport(HostTransport[Job]):
         self._poster = Poster(
             self._engine, Limits(chosen.window, chosen.contact_timeout, transfer_s, environment.lanes())
         )
-        # The thread knows the poster and not the transport, so that a transport that is dropped without close() is
-        # noticed, and ends.
-        weakref.finalize(self, self._poster.stop).atexit = False
-        _posters.add(self._poster)
+        self._employ(self._poster)
         self._submit_bytes = chosen.submit_bytes
         self._ends_reading = progress_s < transfer_s and self._engine.protocol == "tcp"
-        self._instance = secrets.token_bytes(16)
-        self._host = this_host()
-        self._peers: dict[bytes, MooncakePeer] = {}
-        self._retired: dict[Memory, set[bytes]] = {}  # still registered, and whom that is for
         try:
             self._check_path(chosen)
         except TransportUnavailable:
@@ -187,17 +154,9 @@ class MooncakeTransport(HostTransport[Job]):
             return  # the engine has it still
         self._engine.register(region.memory)
 
-    def _withdraw(self, region: Region) -> None:
-        self._retired[region.memory] = set(self._peers)
-
-    def _let_go(self, instance: bytes) -> None:
-        """A peer is over: unregister what was kept for it alone. What no peer was told of is kept until the end."""
-        for memory, told in list(self._retired.items()):
-            if instance in told:
-                told.discard(instance)
-                if not told:
-                    del self._retired[memory]
-                    self._engine.unregister(memory)
+    def _unregister(self, memory: Memory) -> bool:
+        self._engine.unregister(memory)
+        return True
 
     def describe(self) -> bytes:
         self._check_open()
@@ -240,38 +199,12 @@ class MooncakeTransport(HostTransport[Job]):
             peer.addresses = dict(zip(keys, told.addresses, strict=True))
         return peer
 
-    def disconnect(self, peer: Any) -> None:
-        self._check_process()
-        self._check_peer(peer)
-        if peer.connected:
-            peer.connected = False
-            self._peers.pop(peer.instance, None)
-            if not self._closed:
-                self._let_go(peer.instance)
-
-    def peer_state(self, peer: Any) -> PeerState:
-        """GONE: the peer's process has ended and nothing that it sent is still to land here. UNKNOWN for peers of other
-        hosts, always."""
-        self._check_process()
-        self._check_peer(peer)
-        if peer.gone:
-            return PeerState.GONE
-        target: Target = peer.target
-        if target.watch is None:
-            return PeerState.UNKNOWN
-        if not target.ended():
-            return PeerState.ALIVE
-        if not peer.traceable:
-            return PeerState.UNKNOWN
-        if self._engine.protocol == "tcp" and not self._closed:
-            if peer.aftermath is None:
-                peer.aftermath = Aftermath(self._engine.data_port)
-            if not peer.aftermath.settled():
-                return PeerState.UNKNOWN
-        peer.gone = True
-        if not self._closed:
-            self._let_go(peer.instance)
-        return PeerState.GONE
+    def _settled(self, peer: MooncakePeer) -> bool:
+        if self._engine.protocol != "tcp" or self._closed:
+            return True
+        if peer.aftermath is None:
+            peer.aftermath = Aftermath(self._engine.data_port)
+        return peer.aftermath.settled()
 
     def path(self, peer: Any = None) -> str:
         """What the engine has installed, by its own word. Two engines that differ are refused at `connect`.
@@ -286,27 +219,6 @@ class MooncakeTransport(HostTransport[Job]):
         return self._engine.protocol
 
     # ---- writing -----------------------------------------------------------------------------------------
-
-    def _source(self, copy: Copy) -> Memory:
-        if not isinstance(copy.local, Region) and copy.local.kind in self.capabilities.memory_kinds:
-            raise Unsupported(
-                "the local side of a copy has to lie in a registered region",
-                hint="Over TCP the engine would take any memory, over RDMA it fails",
-                transport=self.name,
-            )
-        return super()._source(copy)
-
-    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, int]:
-        assert isinstance(peer, MooncakePeer)
-        if peer.target.ended():
-            raise TransportError("the peer's process has ended", transport=self.name)
-        key = (remote.id, remote.generation)
-        nbytes = peer.regions.get(key)
-        if nbytes is None:
-            raise OutOfBounds(
-                f"the peer has no live region {remote.id} of generation {remote.generation}", transport=self.name
-            )
-        return nbytes, peer.addresses[key]
 
     def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Job:
         assert isinstance(peer, MooncakePeer)
@@ -324,32 +236,6 @@ class MooncakeTransport(HostTransport[Job]):
         the transfer time-out the connection outlives the submit.) Over RDMA only the peer's end is known to do."""
         job = self._batch(handle)
         return job.drained or (self._ends_reading and job.status is Status.UNKNOWN and job.quiet)
-
-    def on_progress(self, wake: Callable[[], None]) -> None:
-        self._check_open()
-        self._poster.bell.wake = wake
-
-    def cancel(self, handle: int) -> None:
-        """What is not submitted yet never will be; what is, ends as it does."""
-        super().cancel(handle)
-        self._poster.nudge()
-
-    # ---- the end -----------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Submit no more, wait half a second for what is under way, end the engine (see `Engine.abandon`).
-
-        A handle can be polled afterwards: DONE; FAILED, where some of it was never submitted; UNKNOWN, where the engine
-        ended before it.
-        """
-        if self._closed or os.getpid() != self._pid:  # a forked child has neither the threads nor the right
-            return
-        self._closed = True
-        if not self._poster.close(CLOSE_TIMEOUT_S):
-            log.error("mooncake: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
-        self._live.clear()
-        self._peers.clear()
-        self._retired.clear()
 
 
 def _facts() -> dict[str, str]:
@@ -372,16 +258,3 @@ def _own_address(host: str) -> str:
         return host
     usable = [address for address in local_addresses() if (":" in address) == ipv6]
     return usable[0] if usable else ("::1" if ipv6 else "127.0.0.1")
-
-
-_posters: weakref.WeakSet[Poster] = weakref.WeakSet()
-
-
-def _end_all() -> None:
-    """At exit: no thread may be inside the engine when the interpreter goes, it would abort the process."""
-    for poster in list(_posters):
-        if not poster.close(CLOSE_TIMEOUT_S):
-            log.error("mooncake: the engine did not end within %g s of the exit", CLOSE_TIMEOUT_S)
-
-
-atexit.register(_end_all)

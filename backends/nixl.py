@@ -25,14 +25,10 @@ no password. Use it in networks that you trust, as you would the engine itself.
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +37,8 @@ from tensorferry.backends import _nixl_wire as wire
 from tensorferry.backends import _process
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._engine_jobs import Segment
-from tensorferry.backends._host import this_host
-from tensorferry.backends._hostcopy import CLOSE_TIMEOUT_S, HostPeer, HostTransport, Plan
+from tensorferry.backends._engine_transport import EnginePeer, EngineTransport
+from tensorferry.backends._hostcopy import HostPeer, Plan
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_choice import choose, copies_refused
 from tensorferry.backends._nixl_crew import Crew
@@ -56,47 +52,32 @@ from tensorferry.backends._nixl_sockets import Aftermath
 from tensorferry.backends._rdma import rdma_ports
 from tensorferry.backends._variables import left_as_found
 from tensorferry.core.cuda_driver import carried
-from tensorferry.core.errors import (
-    OutOfBounds,
-    ProtocolViolation,
-    TransportError,
-    TransportMismatch,
-    TransportUnavailable,
-    Unsupported,
-)
+from tensorferry.core.errors import ProtocolViolation, TransportError, TransportMismatch, TransportUnavailable
 from tensorferry.core.memory import Memory
 from tensorferry.core.transport import (
     MAX_DESCRIPTOR_BYTES,
     Capabilities,
-    Copy,
     Fence,
     Options,
-    PeerState,
     Probe,
     Readiness,
     Region,
-    RemoteRegion,
     Status,
 )
 
-log = logging.getLogger("tensorferry.backends.nixl")
-
 
 @dataclass(slots=True, eq=False)
-class NixlPeer(HostPeer):
+class NixlPeer(EnginePeer):
     """An agent of another process, or of this one."""
 
     target: Target = field(kw_only=True)
     way: str = field(kw_only=True)
     """What carries to it, as far as it is known before a byte has moved."""
-    traceable: bool = field(kw_only=True)
-    """Its connections to us can be seen in the kernel's tables, or there are none."""
     addresses: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """Where each region begins, and the GPU that it lies on (-1: host memory)."""
-    gone: bool = False
 
 
-class NixlTransport(HostTransport[Job]):
+class NixlTransport(EngineTransport[Job, NixlPeer]):
     """Writes into memory that peers have registered with their agents. See the module's docstring."""
 
     name = "nixl"
@@ -155,7 +136,6 @@ class NixlTransport(HostTransport[Job]):
         super().__init__(options)
         assert isinstance(self._options, NixlOptions)
         chosen = self._options
-        self._host = this_host()
         try:
             self._ways, require = choose(chosen)
             found, _ = environment.why_not_cuda(environment.module_name(), chosen.backend, self._ways)
@@ -167,14 +147,8 @@ class NixlTransport(HostTransport[Job]):
         self._agent = agent
         limits = Limits(chosen.window, chosen.contact_timeout, chosen.progress_timeout)
         self._crew = Crew(agent, limits, chosen.workers)
-        # The threads know the crew and not the transport, so that a transport that is dropped without close() is
-        # noticed, and ends.
-        weakref.finalize(self, self._crew.stop).atexit = False
-        _crews.add(self._crew)
-        self._instance = secrets.token_bytes(16)
-        self._peers: dict[bytes, NixlPeer] = {}
+        self._employ(self._crew)
         self._targets: weakref.WeakValueDictionary[tuple[object, ...], Target] = weakref.WeakValueDictionary()
-        self._retired: dict[Memory, set[bytes]] = {}  # still registered, and whom that is for
         self._described: tuple[int, bytes] = (-1, b"")
 
     # ---- our memory --------------------------------------------------------------------------------------
@@ -204,17 +178,11 @@ class NixlTransport(HostTransport[Job]):
                 transport=self.name,
             )
 
-    def _withdraw(self, region: Region) -> None:
-        self._retired[region.memory] = set(self._peers)
-
-    def _let_go(self, instance: bytes) -> None:
-        """A peer is over: unregister what was kept for it alone. What no peer was told of is kept until the end."""
-        for memory, told in list(self._retired.items()):
-            if instance in told:
-                told.discard(instance)
-                if not told and not self._crew.stuck():
-                    del self._retired[memory]
-                    self._agent.unregister(memory)
+    def _unregister(self, memory: Memory) -> bool:
+        if self._crew.stuck():
+            return False
+        self._agent.unregister(memory)
+        return True
 
     def _check_engine(self) -> None:
         """Raises TransportError where a call that needs all of the engine would wait for ever."""
@@ -319,36 +287,11 @@ class NixlTransport(HostTransport[Job]):
             return "it is not a process of this host and PID namespace"
         return environment.copy_refused(told.pid, told.doorstep)
 
-    def disconnect(self, peer: Any) -> None:
-        self._check_process()
-        self._check_peer(peer)
-        if peer.connected:
-            peer.connected = False
-            self._peers.pop(peer.instance, None)
-            if not self._closed:
-                self._crew.forget(peer.target)
-                self._let_go(peer.instance)
+    def _part(self, peer: NixlPeer) -> None:
+        self._crew.forget(peer.target)
 
-    def peer_state(self, peer: Any) -> PeerState:
-        """GONE: the peer's process has ended and nothing that it sent is still to land here. UNKNOWN for peers of other
-        hosts, always."""
-        self._check_process()
-        self._check_peer(peer)
-        if peer.gone:
-            return PeerState.GONE
-        target: Target = peer.target
-        if target.watch is None:
-            return PeerState.UNKNOWN
-        if not target.ended():
-            return PeerState.ALIVE
-        if not peer.traceable:
-            return PeerState.UNKNOWN
-        if peer.way != RDMA and not self._closed and not Aftermath(self._agent.ports, target.told.ports).settled():
-            return PeerState.UNKNOWN
-        peer.gone = True
-        if not self._closed:
-            self._let_go(peer.instance)
-        return PeerState.GONE
+    def _settled(self, peer: NixlPeer) -> bool:
+        return peer.way == RDMA or self._closed or Aftermath(self._agent.ports, peer.target.told.ports).settled()
 
     def path(self, peer: Any = None) -> str:
         """To a peer: see the module's docstring. To nobody in particular: what holds for all of them."""
@@ -365,23 +308,6 @@ class NixlTransport(HostTransport[Job]):
         return str(peer.way)
 
     # ---- writing -----------------------------------------------------------------------------------------
-
-    def _source(self, copy: Copy) -> Memory:
-        if not isinstance(copy.local, Region) and copy.local.kind in self.capabilities.memory_kinds:
-            raise Unsupported("the local side of a copy has to lie in a registered region", transport=self.name)
-        return super()._source(copy)
-
-    def _target(self, peer: HostPeer, remote: RemoteRegion) -> tuple[int, tuple[int, int]]:
-        assert isinstance(peer, NixlPeer)
-        if peer.target.ended():
-            raise TransportError("the peer's process has ended", transport=self.name)
-        key = (remote.id, remote.generation)
-        nbytes = peer.regions.get(key)
-        if nbytes is None:
-            raise OutOfBounds(
-                f"the peer has no live region {remote.id} of generation {remote.generation}", transport=self.name
-            )
-        return nbytes, peer.addresses[key]
 
     def _begin(self, peer: HostPeer, plan: Plan, keep: list[object]) -> Job:
         assert isinstance(peer, NixlPeer)
@@ -408,50 +334,13 @@ class NixlTransport(HostTransport[Job]):
         job = self._batch(handle)
         return job.drained or (job.status is Status.UNKNOWN and job.quiet)
 
-    def on_progress(self, wake: Callable[[], None]) -> None:
-        self._check_open()
-        self._crew.bell.wake = wake
-
-    def cancel(self, handle: int) -> None:
-        """What is not submitted yet never will be; what is, ends as it does."""
-        super().cancel(handle)
-        self._crew.nudge()
-
-    # ---- the end -----------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Submit no more, wait half a second for what is under way, end the agent.
-
-        A handle can be polled afterwards: DONE; FAILED, where some of it was never submitted; UNKNOWN, where the agent
-        ended before it.
-        """
-        if self._closed or os.getpid() != self._pid:  # a forked child has neither the threads nor the right
-            return
-        self._closed = True
-        if not self._crew.close(CLOSE_TIMEOUT_S):
-            log.error("nixl: the engine did not end within %g s; its memory stays mapped", CLOSE_TIMEOUT_S)
+    def _closing(self) -> None:
         outlive(
             [*[region.memory for region in self._live.values()], *self._retired],
             [peer.target for peer in self._peers.values() if peer.way == MEMCPY],
         )
-        self._live.clear()
-        self._peers.clear()
-        self._retired.clear()
 
 
 def _gpu(memory: Memory) -> int:
     """The number of the GPU that it lies on; -1: none."""
     return memory.device if memory.kind == "cuda" else -1
-
-
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
-
-
-def _end_all() -> None:
-    """At exit: no thread may be inside the engine when the interpreter goes."""
-    for crew in list(_crews):
-        if not crew.close(CLOSE_TIMEOUT_S):
-            log.error("nixl: the engine did not end within %g s of the exit", CLOSE_TIMEOUT_S)
-
-
-atexit.register(_end_all)

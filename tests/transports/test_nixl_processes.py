@@ -380,7 +380,7 @@ def test_a_thread_that_does_not_come_back_from_the_engine_holds_up_no_other_peer
 ) -> None:
     monkeypatch.setattr(_nixl_poster, "STUCK_S", 0.5)
     monkeypatch.setattr(_nixl_poster, "GLANCE_S", 0.2)
-    monkeypatch.setattr("tensorferry.backends.nixl.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("tensorferry.backends._engine_transport.CLOSE_TIMEOUT_S", 0.5)
     first, second = there(), there()
     regions = [first.ask("share", nbytes=4096), second.ask("share", nbytes=4096)]
     transport = NixlTransport(NixlOptions(require=way, progress_timeout=0.5))
