@@ -76,6 +76,7 @@ class Sender(Endpoint):
         self.address = self._control.address
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
         self._arriving: dict[int, Source] = {}  # by serial: rows that a GPU is still computing
+        self._carried_to: dict[int, int] = {}  # by serial, the receiver whose way its transfer shows
         self._heard: dict[int, float] = {}
         self._troubles = Troubles()
         with self._undo as undo:
@@ -225,6 +226,7 @@ class Sender(Endpoint):
             case fx.Ended(serial, error):
                 transfer = self._transfers.pop(serial)
                 self._arriving.pop(serial, None)
+                self._show_way(transfer, self._carried_to.pop(serial, 0))  # as the last write has left it
                 offer_status = "SUCCESS" if error is None else "FAILED"
                 transfer.error = error
                 transfer.status = type(transfer.status)(offer_status)
@@ -246,12 +248,17 @@ class Sender(Endpoint):
             said = min(reached) * self.settings.block_size
             transfer.sent_tokens = max(transfer.sent_tokens, min(said, transfer.total_tokens))
         for binding in slot.bindings.values():
-            target = self._poster.targets.get(binding.receiver)
-            if target is not None:
-                transfer.transport = target.reach.lane.transport.name
-                transfer.path = target.reach.path
-                transfer.verdicts = tuple(target.reach.verdicts)
+            if slot.offer is not None and binding.receiver in self._poster.targets:
+                self._carried_to[slot.offer.serial] = binding.receiver
+                self._show_way(transfer, binding.receiver)
                 return
+
+    def _show_way(self, transfer: SendTransfer, receiver: int) -> None:
+        target = self._poster.targets.get(receiver)
+        if target is not None:
+            transfer.transport = target.reach.lane.transport.name
+            transfer.path = target.reach.path
+            transfer.verdicts = tuple(target.reach.verdicts)
 
     def _publish(self, transfer: SendTransfer) -> None:
         self._changed[transfer] = None

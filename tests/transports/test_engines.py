@@ -168,6 +168,21 @@ def test_copies_that_nixl_makes_by_way_of_tcp_are_warned_of_once_and_the_transfe
     assert caplog.text.count("chosen over memcpy") == 1
 
 
+def test_the_path_of_a_transfer_of_one_write_is_what_that_write_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the end follows the write: what the engine says after it has to be shown by then."""
+    need("nixl")
+    ends = [NixlTransport(NixlOptions(require="memcpy", workers=1)) for _ in range(2)]
+    submit = Agent.submit
+    monkeypatch.setattr(Agent, "submit", lambda agent, request: submit(agent, request) and False)
+    settings = replace(SETTINGS, pool_blocks=32, first_grant=512)
+    with (
+        sending.Sender(LAYOUT, [ends[0]], settings) as sender,
+        receiving.Receiver(LAYOUT, [ends[1]], settings) as receiver,
+    ):
+        sent = carry(sender, receiver, 1)
+        assert (sent.path, sent.verdicts[0].path) == ("tcp", "tcp")
+
+
 @pytest.mark.parametrize("require", ["", "rdma"])
 def test_a_mooncake_engine_that_says_another_way_after_a_write_is_warned_of_or_used_no_more(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, require: str
