@@ -12,6 +12,8 @@ from tensorferry import errors
 
 ROOMS = 300
 LONG = 4 * PATIENCE
+POOL: dict[str, Any] = {"block_size": 64, "pool_blocks": 32}
+"""2,048 tokens: two rooms of a mean length, and one of the longest. The time goes by blocks."""
 
 
 def lengths(seed: int) -> list[int]:
@@ -26,7 +28,7 @@ def lengths(seed: int) -> list[int]:
 )
 def test_300_rooms_at_once_all_arrive_and_leave_nothing(kind: str, chooser: str, window: str) -> None:
     """With the default first grant of the whole pool, offers and wishes in different orders, half of them early."""
-    with Quay(kind, layout=SMALL, block_size=32, choose=CHOOSERS[chooser], window=window) as quay:
+    with Quay(kind, layout=SMALL, **POOL, choose=CHOOSERS[chooser], window=window) as quay:
         dice = random.Random(1)
         order = list(range(ROOMS))
         sizes = lengths(2)
@@ -47,7 +49,7 @@ def test_300_rooms_at_once_all_arrive_and_leave_nothing(kind: str, chooser: str,
 
 
 def test_300_rooms_of_which_every_third_is_cancelled_somewhere(kind: str) -> None:
-    with Quay(kind, layout=SMALL, block_size=32, choose=CHOOSERS["random"]) as quay:
+    with Quay(kind, layout=SMALL, **POOL, choose=CHOOSERS["random"]) as quay:
         sizes = lengths(3)
         given = {room: rows(sizes[room], seed=room, layout=SMALL) for room in range(ROOMS)}
         receiving = {room: quay.receive(room) for room in given}
