@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections import Counter
 from contextlib import suppress
 
@@ -51,6 +50,22 @@ def _check_port(address: str, lowest: int) -> None:
         raise ConfigError(f"{address!r}: ports are {lowest} to 65535")
 
 
+class _Bell:
+    """A file that ends a wait, open as long as anybody holds it: its number is nobody else's while it is rung.
+
+    No lock: a signal's handler may close the endpoint in the very thread that is ringing, and waits until all is over.
+    """
+
+    fd = -1
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 class Control:
     """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to.
     `patience`: seconds within which somebody who comes back at an address has to be found, a few tries among them.
@@ -67,9 +82,8 @@ class Control:
         self._poller = zmq.Poller()
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._router: zmq.Socket[bytes] | None = None
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_lock = threading.RLock()  # a signal's handler may call from within `wake`
-        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._bell: _Bell | None = _Bell()
+        self._poller.register(self._bell.fd, zmq.POLLIN)
         self.address = ""
         if bind:
             try:
@@ -166,9 +180,9 @@ class Control:
     def receive(self, timeout: float) -> list[tuple[str, Message]]:
         """Wait up to `timeout` seconds for frames or a wake; returns what decodes, with the route that answers it."""
         ready = dict(self._poller.poll(max(0, int(timeout * 1000 + 0.999))))
-        if ready.pop(self._wake_fd, None):
+        if self._bell is not None and ready.pop(self._bell.fd, None):
             with suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)
+                os.eventfd_read(self._bell.fd)
         received: list[tuple[str, Message]] = []
         for address, dealer in self._dealers.items():
             if dealer in ready:
@@ -198,17 +212,15 @@ class Control:
 
     def wake(self) -> None:
         """Make `receive` return. The one method that any thread may call."""
-        with self._wake_lock:  # never a number that was closed meanwhile and is somebody else's file now
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+        bell = self._bell
+        if bell is not None:
+            os.eventfd_write(bell.fd, 1)
 
     def close(self) -> None:
         """Let queued frames leave for FLUSH_MS at most. Idempotent."""
-        with self._wake_lock:
-            if self._wake_fd < 0:
-                return
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+        if self._bell is None:
+            return
+        self._bell = None
         for socket in [*self._dealers.values(), *([self._router] if self._router is not None else [])]:
             socket.close(FLUSH_MS)
         self._dealers.clear()

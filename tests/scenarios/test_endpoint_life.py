@@ -252,7 +252,13 @@ def test_a_handler_may_close_what_is_being_closed(
 ) -> None:
     with Quay(layout=SMALL, clean=False) as quay:
         receiving = quay.receive()
-        strike = interrupt(quay.receiver.close)
+        over: list[bool] = []
+
+        def close() -> None:
+            quay.receiver.close()
+            over.append(quay.receiver._over)
+
+        strike = interrupt(close)
         join, write = quay.receiver._thread.join, os.eventfd_write
 
         def interrupted_join(timeout: float) -> None:
@@ -269,6 +275,7 @@ def test_a_handler_may_close_what_is_being_closed(
         else:
             monkeypatch.setattr(control.os, "eventfd_write", interrupted_write)
         quay.receiver.close()
+        assert over == [True]  # the handler has not waited for what only this thread could go on with
         assert not quay.receiver._thread.is_alive()
         with pytest.raises(errors.Cancelled):
             receiving.wait(PATIENCE)
