@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from engine_kit import abroad, one_byte, post
 from memory_kit import random_rows, same_bytes
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
@@ -18,7 +19,7 @@ from tensorferry.backends._mooncake_engine import Engine as MooncakeEngine
 from tensorferry.backends._mooncake_wire import Answer
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
-from tensorferry.backends.nixl import NixlOptions, NixlTransport
+from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
 from tensorferry.core import receiving, sending
 from tensorferry.core.errors import PathMismatch, TransportError
 from tensorferry.core.memory import Memory
@@ -29,6 +30,9 @@ pytestmark = pytest.mark.timeout(120)
 
 Engine = MooncakeTransport | NixlTransport
 Start = Callable[..., Process]
+
+MUCH = 64 << 20
+"""More than the kernel's buffers between two processes hold."""
 
 ENGINES = ["mooncake", "nixl-memcpy", "nixl-tcp"]
 
@@ -60,15 +64,11 @@ def there(process: Start, engine: str) -> Start:
     return partial(process, kind=kind, **({"require": way} if way else {}))
 
 
-def post(transport: Engine, peer: Any, region: list[int], nbytes: int, offset: int = 0) -> int:
-    return transport.post(peer, [Copy(source(transport, bytes(nbytes)), 0, RemoteRegion(*region), offset, nbytes)])
-
-
 def test_many_posts_under_way_to_a_peer_that_is_killed_all_come_to_their_end(here: Engine, there: Start) -> None:
     doomed = there()
     region = doomed.ask("share", nbytes=64 << 20)
     peer = here.connect(doomed.describe())
-    assert ended(here, post(here, peer, region, 1)) is Status.DONE
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
     local = here.register(here.allocate(1 << 20))
     doomed.stop()
     handles = [
@@ -89,15 +89,15 @@ def test_a_peer_that_closes_in_a_living_process_takes_no_write_and_is_not_called
     other = there()
     region = other.ask("share", nbytes=4096)
     peer = here.connect(other.describe())
-    assert ended(here, post(here, peer, region, 1)) is Status.DONE
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
     other.ask("close")
     # The first write after it may be the one that finds out; by then the engine has nobody to write to.
-    assert over(here, post(here, peer, region, 1)) in (Status.FAILED, Status.UNKNOWN)
-    assert ended(here, post(here, peer, region, 1)) is Status.FAILED
+    assert over(here, one_byte(here, peer, region)) in (Status.FAILED, Status.UNKNOWN)
+    assert ended(here, one_byte(here, peer, region)) is Status.FAILED
     assert here.peer_state(peer) is PeerState.ALIVE, "its process is not over"
     own = here.register(here.allocate(4096))
     oneself = here.connect(here.describe())
-    assert ended(here, post(here, oneself, [own.id, own.generation], 1)) is Status.DONE, "the engine goes on"
+    assert ended(here, one_byte(here, oneself, [own.id, own.generation])) is Status.DONE, "the engine goes on"
 
 
 def test_a_source_that_is_no_memory_is_not_called_done_and_hurts_nobody(here: Engine, there: Start) -> None:
@@ -105,12 +105,12 @@ def test_a_source_that_is_no_memory_is_not_called_done_and_hurts_nobody(here: En
     other = there()
     region = other.ask("share", nbytes=1 << 20)
     peer = here.connect(other.describe())
-    assert ended(here, post(here, peer, region, 1)) is Status.DONE
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
     wrong = here.allocate(1 << 20)
     local = here.register(wrong)
     sealed(wrong)
     assert over(here, here.post(peer, [Copy(local, 0, RemoteRegion(*region), 0, 1 << 20)])) is Status.UNKNOWN
-    eventually(lambda: over(here, post(here, peer, region, 1)) is Status.DONE, "the pair works again")
+    eventually(lambda: over(here, one_byte(here, peer, region)) is Status.DONE, "the pair works again")
     assert other.ask("describe")
 
 
@@ -127,10 +127,67 @@ def test_a_target_whose_pages_are_gone_is_not_called_done_and_the_pair_goes_on(h
     other = there()
     region, kept = other.ask("share", nbytes=1 << 20), other.ask("share", nbytes=4096)
     peer = here.connect(other.describe())
-    assert ended(here, post(here, peer, region, 1)) is Status.DONE
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
     other.ask("seal_first")
-    assert over(here, post(here, peer, region, 1 << 20)) is Status.UNKNOWN
-    eventually(lambda: over(here, post(here, peer, kept, 1)) is Status.DONE, "the pair works again")
+    assert over(here, post(here, peer, region, source(here, bytes(1 << 20)))) is Status.UNKNOWN
+    eventually(lambda: over(here, one_byte(here, peer, kept)) is Status.DONE, "the pair works again")
+
+
+def test_a_restarted_peer_is_another_peer(here: Engine, there: Start) -> None:
+    first = there()
+    region = first.ask("share", nbytes=4096)
+    peer = here.connect(first.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    first.end()
+    second = there()
+    region = second.ask("share", nbytes=4096)
+    again = here.connect(second.describe())
+    assert again is not peer
+    if isinstance(again, NixlPeer):
+        assert again.target.name != peer.target.name
+    assert ended(here, one_byte(here, again, region)) is Status.DONE
+    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+
+
+@pytest.mark.parametrize("engine", ["mooncake", "nixl-tcp"], indirect=True)
+def test_of_a_peer_of_another_host_no_end_is_proved(here: Engine, there: Start) -> None:
+    far = there()
+    region = far.ask("share", nbytes=MUCH)
+    peer = here.connect(abroad(far.describe()))
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    far.stop()
+    handle = post(here, peer, region, source(here, bytes(MUCH)))
+    far.end()
+    assert over(here, handle) is Status.UNKNOWN
+    assert here.peer_state(peer) is PeerState.UNKNOWN
+    assert not here.drained(handle)
+    assert ended(here, one_byte(here, peer, region)) is Status.FAILED
+
+
+@pytest.mark.parametrize("engine", ["mooncake", "nixl-memcpy"], indirect=True)
+def test_a_region_stays_registered_until_no_peer_is_left_that_knew_it(here: Engine, there: Start) -> None:
+    writer = there()
+    peer = here.connect(writer.describe())
+    region = here.register(here.allocate(4096))
+    registered = (here._engine if isinstance(here, MooncakeTransport) else here._agent)._memory
+    writer.ask("connect", descriptor=here.describe().hex())
+    here.retire(region)
+    status, _ = writer.ask("write", region=[region.id, region.generation], seed=1, nbytes=4096)
+    assert status == "DONE", "others' writes into a suspect slab end as they should"
+    assert region.memory.address in registered
+    writer.end()
+    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+    assert region.memory.address not in registered
+    again = here.register(region.memory)
+    assert again.generation > region.generation
+
+
+def test_a_forked_child_cannot_use_what_it_inherited_and_ends(here: Engine, there: Start) -> None:
+    other = there()
+    answers = other.ask("fork_and_use")
+    assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
+    region = other.ask("share", nbytes=4096)
+    assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
 
 
 # ---- the path ------------------------------------------------------------------------------------------------

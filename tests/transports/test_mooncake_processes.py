@@ -5,24 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
+from engine_kit import abroad, changed, check_quiet_end, ends, one_byte, post
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
 from tensorferry.backends import _mooncake_poster
 from tensorferry.backends._mooncake_contact import Contact
 from tensorferry.backends._mooncake_engine import Engine
 from tensorferry.backends._mooncake_sockets import cut_connections
-from tensorferry.backends.mooncake import MooncakeOptions, MooncakePeer, MooncakeTransport
+from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.core.errors import TransportError
-from tensorferry.core.memory import Memory
-from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status
+from tensorferry.core.transport import PeerState, Status
 
 Start = Callable[..., Process]
 
@@ -46,30 +44,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[MooncakeTransport]:
     transport = MooncakeTransport(MooncakeOptions(host="127.0.0.1", contact_timeout=1.5))
     yield transport
     transport.close()
-
-
-def post(transport: MooncakeTransport, peer: MooncakePeer, region: list[int], local: Region | Memory) -> int:
-    nbytes = local.memory.nbytes if isinstance(local, Region) else local.nbytes
-    return transport.post(peer, [Copy(local, 0, RemoteRegion(*region), 0, nbytes)])
-
-
-def one_byte(transport: MooncakeTransport, peer: MooncakePeer, region: list[int]) -> int:
-    return post(transport, peer, region, source(transport, b"x"))
-
-
-def changed(descriptor: bytes, **fields: Any) -> bytes:
-    """The descriptor of another instance: the same engine, as somebody else would tell of it."""
-    names = ("kind", "version", "instance", "revision", "address", "port", "data_port", "protocol", "host")
-    values = msgspec.msgpack.decode(descriptor)
-    values[2] = os.urandom(16)
-    for name, value in fields.items():
-        values[names.index(name)] = value
-    return msgspec.msgpack.encode(values)
-
-
-def abroad(descriptor: bytes) -> bytes:
-    """As if the process were on another host: nothing is proved of its end."""
-    return changed(descriptor, host=["another boot", 1, 1, 1])
 
 
 def test_both_sides_write_into_each_other(here: MooncakeTransport, there: Start) -> None:
@@ -235,33 +209,6 @@ def test_a_peer_that_never_was_there_fails_and_nothing_was_submitted(here: Moonc
     assert ended(here, handle) is Status.FAILED
 
 
-def test_of_a_peer_of_another_host_no_end_is_proved(here: MooncakeTransport, there: Start) -> None:
-    far = there()
-    region = far.ask("share", nbytes=MUCH)
-    peer = here.connect(abroad(far.describe()))
-    assert ended(here, one_byte(here, peer, region)) is Status.DONE
-    far.stop()
-    handle = post(here, peer, region, source(here, bytes(MUCH)))
-    far.end()
-    assert over(here, handle) is Status.UNKNOWN
-    assert here.peer_state(peer) is PeerState.UNKNOWN
-    assert not here.drained(handle)
-    assert ended(here, one_byte(here, peer, region)) is Status.FAILED
-
-
-def test_a_restarted_peer_is_another_peer(here: MooncakeTransport, there: Start) -> None:
-    first = there()
-    region = first.ask("share", nbytes=4096)
-    peer = here.connect(first.describe())
-    assert ended(here, one_byte(here, peer, region)) is Status.DONE
-    first.end()
-    second = there()
-    again = here.connect(second.describe() if second.ask("share", nbytes=4096) else b"")
-    assert again is not peer
-    assert ended(here, one_byte(here, again, region)) is Status.DONE
-    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
-
-
 def test_a_later_instance_at_the_same_port_gets_a_name_of_its_own(here: MooncakeTransport, there: Start) -> None:
     """The engine would go on with what it remembers of the earlier one."""
     other = there()
@@ -305,50 +252,11 @@ def test_no_more_than_the_window_is_under_way_to_one_peer(there: Start, monkeypa
     transport.close()
 
 
-def test_a_region_stays_registered_until_no_peer_is_left_that_knew_it(here: MooncakeTransport, there: Start) -> None:
-    writer = there()
-    peer = here.connect(writer.describe())
-    region = here.register(here.allocate(4096))
-    writer.ask("connect", descriptor=here.describe().hex())
-    here.retire(region)
-    status, _ = writer.ask("write", region=[region.id, region.generation], seed=1, nbytes=4096)
-    assert status == "DONE", "others' writes into a suspect slab end as they should"
-    assert region.memory.address in here._engine._memory
-    writer.end()
-    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
-    assert region.memory.address not in here._engine._memory
-    again = here.register(region.memory)
-    assert again.generation > region.generation
-
-
-def test_a_forked_child_cannot_use_what_it_inherited_and_ends(there: Start, here: MooncakeTransport) -> None:
-    other = there()
-    answers = other.ask("fork_and_use")
-    assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
-    region = other.ask("share", nbytes=4096)
-    assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
-
-
-ENDS = {
-    "closed": "t.close()",
-    "left open": "",
-    "dropped": "del t; gc.collect()",
-    "forked": "pid = os.fork(); pid and os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])); del t",
-}
-
-
-@pytest.mark.parametrize("how", ENDS.values(), ids=ENDS.keys())
+@ends
 def test_a_process_ends_cleanly_and_quietly(how: str) -> None:
     need("mooncake")
-    program = (
-        "import gc, os, sys\n"
+    opened = (
         "from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport\n"
-        "t = MooncakeTransport(MooncakeOptions(host='127.0.0.1'))\n"
-        "t.register(t.allocate(4096))\n"
-        "assert 'torch' not in sys.modules\n" + how
+        "t = MooncakeTransport(MooncakeOptions(host='127.0.0.1'))"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=60, env=environment, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    check_quiet_end(opened, {"torch"}, how, ("MC_",))

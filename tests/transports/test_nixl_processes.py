@@ -10,23 +10,19 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-import msgspec
 import pytest
+from engine_kit import abroad, changed, check_quiet_end, ends, one_byte, post
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
 from tensorferry.backends import _nixl_poster, _nixl_sockets
 from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
 from tensorferry.core.errors import TransportError, TransportMismatch
-from tensorferry.core.memory import Memory
-from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status
+from tensorferry.core.transport import PeerState, Region, Status
 
 Start = Callable[..., Process]
 
@@ -59,30 +55,6 @@ def here(way: str) -> Iterator[NixlTransport]:
     transport.close()
 
 
-def post(transport: NixlTransport, peer: NixlPeer, region: list[int], local: Region | Memory) -> int:
-    nbytes = local.memory.nbytes if isinstance(local, Region) else local.nbytes
-    return transport.post(peer, [Copy(local, 0, RemoteRegion(*region), 0, nbytes)])
-
-
-def one_byte(transport: NixlTransport, peer: NixlPeer, region: list[int]) -> int:
-    return post(transport, peer, region, source(transport, b"x"))
-
-
-def changed(descriptor: bytes, **fields: Any) -> bytes:
-    """The descriptor of another instance: the same agent, as somebody else would tell of it."""
-    names = ("kind", "version", "instance", "revision", "agent", "backend", "ways", "ports", "host")
-    values = msgspec.msgpack.decode(descriptor)
-    values[2] = os.urandom(16)
-    for name, value in fields.items():
-        values[names.index(name)] = value
-    return msgspec.msgpack.encode(values)
-
-
-def abroad(descriptor: bytes) -> bytes:
-    """As if the process were on another host: nothing is proved of its end."""
-    return changed(descriptor, host=["another boot", 1, 1, 1])
-
-
 # ---- all is well ---------------------------------------------------------------------------------------------
 
 
@@ -105,22 +77,6 @@ def test_both_sides_write_into_each_other_and_the_path_is_known(here: NixlTransp
     assert here.path() == way
     # The engine's own behaviour says so too: a copy is over when its post returns, and nothing else is.
     assert peer.target.at_once is (way == "memcpy")
-
-
-@BOTH
-def test_a_restarted_peer_is_another_peer(here: NixlTransport, there: Start, way: str) -> None:
-    first = there()
-    region = first.ask("share", nbytes=4096)
-    peer = here.connect(first.describe())
-    assert ended(here, one_byte(here, peer, region)) is Status.DONE
-    first.end()
-    second = there()
-    region = second.ask("share", nbytes=4096)
-    again = here.connect(second.describe())
-    assert again is not peer
-    assert again.target.told.agent != peer.target.told.agent
-    assert ended(here, one_byte(here, again, region)) is Status.DONE
-    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
 
 
 # ---- disconnecting -------------------------------------------------------------------------------------------
@@ -325,21 +281,6 @@ def test_a_peer_that_never_was_there_fails_and_nothing_was_submitted(
 
 
 @SOCKETS
-def test_of_a_peer_of_another_host_no_end_is_proved(here: NixlTransport, there: Start) -> None:
-    far = there()
-    region = far.ask("share", nbytes=MUCH)
-    peer = here.connect(abroad(far.describe()))
-    assert ended(here, one_byte(here, peer, region)) is Status.DONE
-    far.stop()
-    handle = post(here, peer, region, source(here, bytes(MUCH)))
-    far.end()
-    assert over(here, handle) is Status.UNKNOWN
-    assert here.peer_state(peer) is PeerState.UNKNOWN
-    assert not here.drained(handle)
-    assert ended(here, one_byte(here, peer, region)) is Status.FAILED
-
-
-@SOCKETS
 def test_a_dead_peer_is_gone_only_when_all_that_it_sent_is_in_memory(here: NixlTransport, there: Start) -> None:
     """What lies in our kernel is placed after its death: here for as long as this side is stopped."""
     stopped, doomed = there(), there()
@@ -431,23 +372,6 @@ def test_close_with_a_stopped_peer_ends_and_says_unknown(here: NixlTransport, th
 
 
 @COPIES
-def test_a_region_stays_registered_until_no_peer_is_left_that_knew_it(here: NixlTransport, there: Start) -> None:
-    writer = there()
-    peer = here.connect(writer.describe())
-    region = here.register(here.allocate(4096))
-    writer.ask("connect", descriptor=here.describe().hex())
-    here.retire(region)
-    status, _ = writer.ask("write", region=[region.id, region.generation], seed=1, nbytes=4096)
-    assert status == "DONE", "others' writes into a suspect slab end as they should"
-    assert region.memory.address in here._agent._memory
-    writer.end()
-    eventually(lambda: here.peer_state(peer) is PeerState.GONE)
-    assert region.memory.address not in here._agent._memory
-    again = here.register(region.memory)
-    assert again.generation > region.generation
-
-
-@COPIES
 def test_a_write_to_memory_that_its_owner_has_given_back_reaches_nobody_else(here: NixlTransport, there: Start) -> None:
     """Deregistering stops no copy: only what is at the address does. Then the pair is rebuilt."""
     owner = there()
@@ -462,41 +386,16 @@ def test_a_write_to_memory_that_its_owner_has_given_back_reaches_nobody_else(her
     assert here.path(peer) == "memcpy"
 
 
-@BOTH
-def test_a_forked_child_cannot_use_what_it_inherited_and_ends(there: Start, here: NixlTransport, way: str) -> None:
-    other = there()
-    answers = other.ask("fork_and_use")
-    assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
-    region = other.ask("share", nbytes=4096)
-    assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
-
-
 # ---- the process ---------------------------------------------------------------------------------------------
-
-ENDS = {
-    "closed": "t.close()",
-    "left open": "",
-    "dropped": "del t; gc.collect()",
-    "forked": "pid = os.fork(); pid and os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])); del t",
-}
 
 
 @pytest.mark.parametrize("modules", [None, "all"], ids=["default", "with the InfiniBand modules"])
-@pytest.mark.parametrize("how", ENDS.values(), ids=ENDS.keys())
+@ends
 def test_a_process_ends_cleanly_and_quietly(how: str, modules: str | None) -> None:
     """With the InfiniBand modules the wheel's libraries and the system's end in the same process: that crashed."""
     need("nixl")
-    program = (
-        "import gc, os, sys\n"
-        "from tensorferry.backends.nixl import NixlOptions, NixlTransport\n"
-        "t = NixlTransport(NixlOptions(workers=1))\n"
-        "t.register(t.allocate(4096))\n"
-        "assert not {'torch', 'numpy', 'nixl_cu12._api', 'nixl_cu13._api'} & set(sys.modules)\n" + how
+    opened = (
+        "from tensorferry.backends.nixl import NixlOptions, NixlTransport\nt = NixlTransport(NixlOptions(workers=1))"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UCX_", "NIXL_"))}
-    if modules:
-        environment["UCX_MODULES"] = modules
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=60, env=environment, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    absent = {"torch", "numpy", "nixl_cu12._api", "nixl_cu13._api"}
+    check_quiet_end(opened, absent, how, ("UCX_", "NIXL_"), **({"UCX_MODULES": modules} if modules else {}))
