@@ -18,12 +18,14 @@ def choose(chosen: NixlOptions) -> tuple[frozenset[str], str]:
                         'Use backend="UCX"')  # fmt: skip
         return frozenset({chosen.backend.lower()}), ""
     tls = os.environ.get("UCX_TLS", "")
-    ways = environment.ways(tls)
+    ways = environment.allowed()
     cause, remedy = environment.why_not_rdma()
     if chosen.require == RDMA and cause:
         raise Unfit(f'require="rdma" cannot be had: {cause}', remedy)
     if chosen.require and chosen.require not in ways:
-        raise Unfit(f'require="{chosen.require}" cannot be had: UCX_TLS={tls} leaves it out', "Change or unset UCX_TLS")
+        name = "UCX_TLS" if chosen.require not in environment.ways(tls) else environment.MODULES_VARIABLE
+        why = f"{name}={os.environ[name]} leaves it out"
+        raise Unfit(f'require="{chosen.require}" cannot be had: {why}', f"Change or unset {name}")
     if chosen.require == MEMCPY and (refused := copies_refused()):
         raise Unfit(f'require="memcpy" cannot be had: {refused}', "Let processes trace each other (CAP_SYS_PTRACE)")
     if chosen.require in (RDMA, TCP):

@@ -124,7 +124,7 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
-        raise Unfit(f"the installed {name} is not a package", f"Install it anew: {INSTALL}")
+        raise Unfit(f"the installed {name} is not a package", f"Install it anew: {reinstall()}")
     return Path(places[0])
 
 
@@ -135,7 +135,9 @@ def binding_file(name: str) -> Path:
     files = sorted(folder.glob("_bindings.*.so"))
     fitting = [file for file in files if tag in file.name or ".abi3." in file.name]
     if not fitting:
-        raise Unfit(f"the installed {name} has no module for this Python", f"Install it with this Python: {INSTALL}")
+        raise Unfit(
+            f"the installed {name} has no module for this Python", f"Install it with this Python: {reinstall()}"
+        )
     return fitting[0]
 
 
@@ -152,6 +154,29 @@ def version(name: str) -> str:
 
 
 _MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object")
+
+
+def installed() -> str:
+    """The package of the engine that there is, whole or not; "" for none."""
+    try:
+        return module_name()
+    except Unfit:
+        return ""
+
+
+def reinstall() -> str:
+    """What makes the installed engine whole: where it is there, pip's plain answer is that nothing is to be done."""
+    found = installed()
+    return f"pip install --force-reinstall --no-deps {found.replace('_', '-')}" if found else INSTALL
+
+
+def _is_brought(library: str) -> bool:
+    """The engine's own wheel has it."""
+    try:
+        files = metadata.files(installed().replace("_", "-")) or []
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
+    return any(file.name == library for file in files)
 
 
 def lacking(file: Path) -> list[str]:
@@ -176,7 +201,9 @@ def explain_library(text: str, what: str, more: Sequence[str] = ()) -> Unfit:
         return Unfit(f"{what} needs {old[3]} of {old[2]}, and {old[1]} is older", hint)
     named = _MISSING.search(text)
     if named is None:
-        return Unfit(f"{what} cannot be loaded: {text}", INSTALL)
+        return Unfit(f"{what} cannot be loaded: {text}", f"Install it anew: {reinstall()}")
+    if _is_brought(named[1]):
+        return Unfit(f"{what} lacks {named[1]}, which its own wheel brings: it is installed by halves", reinstall())
     libraries = list(dict.fromkeys([named[1], *more]))
     packages = [PACKAGES[library] for library in libraries if " " not in PACKAGES.get(library, " ")]
     hints = [f"Debian and Ubuntu: apt-get install {' '.join(packages)}"] if packages else []
@@ -202,6 +229,19 @@ def ways(tls: str) -> frozenset[str]:
     return everything - found if tls.strip().startswith("^") else frozenset(found)
 
 
+def loads(module: str) -> bool:
+    """Whether UCX_MODULES leaves UCX this module: it lists those that are loaded, or behind a ^ those that are not."""
+    listed = os.environ.get(MODULES_VARIABLE, "all")
+    names = listed.removeprefix("^").split(",")
+    return module not in names if listed.startswith("^") else bool({module, "all"} & set(names))
+
+
+def allowed() -> frozenset[str]:
+    """The ways that the user's UCX_TLS and UCX_MODULES leave."""
+    found = ways(os.environ.get("UCX_TLS", ""))
+    return found if loads("cma") else found - {MEMCPY}
+
+
 def _way(name: str) -> str:
     plain = name.removeprefix("\\").split(":")[0]
     if plain in _RDMA_NAMES or plain.split("_")[0] in _RDMA_FAMILIES:
@@ -221,9 +261,8 @@ def why_not_rdma() -> tuple[str, str]:
     tls = os.environ.get("UCX_TLS", "")
     if RDMA not in ways(tls):
         return f"UCX_TLS={tls} leaves RDMA out", "Change or unset UCX_TLS"
-    modules = os.environ.get(MODULES_VARIABLE, "")
-    if modules.startswith("^") and "ib" in modules[1:].split(","):
-        return f"UCX_MODULES={modules} leaves RDMA out", "Unset UCX_MODULES"
+    if not loads("ib"):
+        return f"UCX_MODULES={os.environ[MODULES_VARIABLE]} leaves RDMA out", "Unset UCX_MODULES"
     devices = os.environ.get("UCX_NET_DEVICES", "")
     if devices and devices != "all" and not {name.split(":")[0] for name in devices.split(",")} & set(ports):
         return f"UCX_NET_DEVICES={devices} names no RDMA device", f"There are: {', '.join(ports)}"
@@ -283,5 +322,6 @@ def copy_refused(pid: int, address: int) -> str:
 
 
 def said(*names: str) -> dict[str, str]:
-    """Those variables that are set."""
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """Those variables that the user has set."""
+    ours = {variable.name: variable.value for variable in SETS}
+    return {name: os.environ[name] for name in names if os.environ.get(name) not in (None, ours.get(name))}

@@ -25,7 +25,6 @@ no password. Use it in networks that you trust, as you would the engine itself.
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections import deque
@@ -104,14 +103,12 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
                 with left_as_found(cls.sets):
                     Agent("UCX", RDMA, 1).close()
         except Unfit as unfit:
-            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint)
+            return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint, _facts())
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the answer
-            return Probe(Readiness.BROKEN, f"starting NIXL fails: {error!r}", environment.INSTALL)
+            return Probe(Readiness.BROKEN, f"starting NIXL fails: {error!r}", environment.reinstall(), _facts())
         refused = copies_refused()
         facts = {
-            "engine": f"{module} {environment.version(module)}",
-            "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in rdma_ports().items())
-            or "none",
+            **_facts(),
             "cma": f"refused: {refused}" if refused else "permitted",
             "ptrace_scope": environment.ptrace_scope(),
             "listens": "over TCP on all interfaces, for anybody who can connect",
@@ -121,11 +118,10 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
                 *environment.why_not_cuda(module, "UCX", environment.ways("ib" if not cause else "tcp")),
                 "UCX takes that way by itself where the kernel and the driver have it",
             ),
-            **environment.said("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES"),
         }
         if not cause:
             return Probe(Readiness.READY, "UCX can use an active RDMA device", facts=facts, path=RDMA)
-        if MEMCPY in environment.ways(os.environ.get("UCX_TLS", "")) and not refused:
+        if MEMCPY in environment.allowed() and not refused:
             works = "works by copies between processes of this host, and over TCP to others"
         else:
             works = "works over TCP"
@@ -339,6 +335,17 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             [*[region.memory for region in self._live.values()], *self._retired],
             [peer.target for peer in self._peers.values() if peer.way == MEMCPY],
         )
+
+
+def _facts() -> dict[str, str]:
+    """What can be told of an engine that does not run, and may not be there."""
+    found = environment.installed()
+    return {
+        **({"engine": f"{found} {environment.version(found)}"} if found else {}),
+        "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in rdma_ports().items())
+        or "none",
+        **environment.said("UCX_TLS", "UCX_NET_DEVICES", "UCX_MODULES"),
+    }
 
 
 def _gpu(memory: Memory) -> int:

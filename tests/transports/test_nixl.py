@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import deque
@@ -26,6 +27,7 @@ from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import STORAGE, check_backend, explain_backend
 from tensorferry.backends._nixl_choice import choose
 from tensorferry.backends._nixl_engine import PROGRESS_US, Agent
+from tensorferry.backends._nixl_environment import Unfit
 from tensorferry.backends._nixl_jobs import MOST_PIECES, cut
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.nixl import NixlOptions, NixlTransport
@@ -350,6 +352,23 @@ def test_variables_under_which_ucx_can_do_nothing_are_named(installed: None, var
     assert f"{name}={value}" in done.stdout, done
 
 
+@pytest.mark.parametrize(
+    ("modules", "copies"),
+    [(None, True), ("all", True), ("^ib", True), ("cma,ib", True), ("^cma", False), ("ib", False), ("", False)],
+)
+def test_copies_are_no_way_of_a_ucx_whose_modules_leave_them_out(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None, modules: str | None, copies: bool
+) -> None:
+    """As seen: with these UCX took TCP for what without them are copies between processes."""
+    if modules is not None:
+        monkeypatch.setenv("UCX_MODULES", modules)
+    found, _ = choose(NixlOptions())
+    assert ("memcpy" in found) is copies
+    if not copies:
+        with pytest.raises(Unfit, match=f"UCX_MODULES={re.escape(modules or '')} leaves it out"):
+            choose(NixlOptions(require="memcpy"))
+
+
 def test_ucx_variables_are_respected_and_told(installed: None, no_variables: None) -> None:
     program = OPEN + (
         "p = T.probe(); t = T(O(workers=1)); carry(t)\n"
@@ -382,6 +401,8 @@ def test_an_engine_for_another_python_is_told(monkeypatch: pytest.MonkeyPatch, t
     probe = NixlTransport.probe()
     assert probe.readiness is Readiness.UNAVAILABLE
     assert "this Python" in probe.reason
+    assert "--force-reinstall --no-deps nixl-elsewhere" in probe.hint, "without it pip says that nothing is to be done"
+    assert probe.facts["engine"] == "nixl_elsewhere unknown", "that it is there makes it a problem, not a note"
 
 
 @pytest.mark.parametrize(("library", "holder"), environment.PACKAGES.items())
@@ -389,6 +410,14 @@ def test_each_missing_library_is_named_with_what_holds_it(library: str, holder: 
     unfit = environment.explain_library(f"{library}: cannot open shared object file: No such file", "the NIXL engine")
     assert library in unfit.reason
     assert holder in unfit.hint
+
+
+def test_a_library_of_the_wheels_own_that_is_gone_is_no_package_of_the_system(installed: None) -> None:
+    brought = environment.bundled(environment.module_name(), "libucs*.so*")[0].name
+    unfit = environment.explain_library(f"{brought}: cannot open shared object file: No such file", "the NIXL engine")
+    assert "installed by halves" in unfit.reason
+    assert "--force-reinstall" in unfit.hint
+    assert "package" not in unfit.hint
 
 
 def test_the_wheel_that_is_loaded_is_the_one_that_import_nixl_has_taken(
@@ -575,7 +604,24 @@ def test_what_the_engine_cannot_start_says_which_variables_are_set(
     installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "posix")
-    assert "UCX_TLS=posix" in explain_backend("UCX", "", RuntimeError("NIXL_ERR_BACKEND")).reason
+    monkeypatch.setenv("UCX_MODULES", "^ib")
+    unfit = explain_backend("UCX", "", RuntimeError("NIXL_ERR_BACKEND"))
+    assert "UCX_TLS=posix" in unfit.reason
+    assert "UCX_MODULES" not in unfit.reason, "it is ours"
+    assert "UCX_TLS has to hold" in unfit.hint
+    monkeypatch.delenv("UCX_TLS")
+    unfit = explain_backend("UCX", "", RuntimeError("NIXL_ERR_BACKEND"))
+    assert "UCX_TLS" not in str(unfit) + unfit.hint
+    assert "/dev/shm" in unfit.hint
+    assert "UCX_LOG_LEVEL=error tensorferry doctor --debug nixl" in unfit.hint
+
+
+def test_where_no_backend_is_found_the_variable_that_says_where_to_look_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NIXL_PLUGIN_DIR", "/nowhere")
+    with pytest.raises(Unfit, match="no backend in NIXL_PLUGIN_DIR=/nowhere"):
+        check_backend("UCX", [])
 
 
 def test_a_mooncake_transport_and_a_nixl_transport_are_no_pair(one: NixlTransport) -> None:
