@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import msgspec
 
+from tensorferry.backends._mooncake_wire import Descriptor
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.core.errors import OutOfBounds, TransportError
 from tensorferry.core.transport import Copy, PeerState, Region, RemoteRegion, Status, Transport
@@ -84,6 +85,8 @@ def be_target(open_one: Open) -> None:
 
 
 class Check:
+    wire: type[msgspec.Struct] = Descriptor
+
     def __init__(self, open_one: Open) -> None:
         self.transport = open_one()
         self.source: Region = self.transport.register(self.transport.allocate(REGION))
@@ -136,45 +139,54 @@ class Check:
         self.transport.close()
 
     def refusals(self, target: Target, peer: Any) -> None:
-        try:
-            self.transport.post(peer, [Copy(self.source, 0, target.region, REGION - 10, 11)])
-            refused = False
-        except OutOfBounds:
-            refused = True
-        self.expect(refused, "a copy past the end of the region is refused before a byte moves")
-        # The same past our own check, by a descriptor that lies: the device has to refuse it.
-        fields = msgspec.msgpack.decode(target.descriptor)
-        fields[2], fields[-1] = os.urandom(16), [[target.region.id, target.region.generation, REGION + 4096]]
-        liar = self.transport.connect(msgspec.msgpack.encode(fields))
+        beyond = [Copy(self.source, 0, target.region, REGION - 10, 11)]
+        self.expect(
+            self.refused(peer, beyond, OutOfBounds), "a copy past the end of the region is refused before a byte moves"
+        )
+        # The same past our own check, by a descriptor that lies.
+        liar = self.connect_as(target, regions=[(target.region.id, target.region.generation, REGION + 4096)])
         handle = self.transport.post(liar, [Copy(self.source, 0, target.region, REGION, 4096)])
-        status = self.ended(handle)
+        self.past_the_registration(self.ended(handle), handle)
+
+    def past_the_registration(self, status: Status, handle: int) -> None:
+        """The device has to refuse it."""
         self.expect(
             status is Status.UNKNOWN and not self.transport.drained(handle),
             f"a write past the registration is not done: {status.name}",
         )
 
     def killed(self, target: Target, peer: Any) -> None:
-        """To the peer whose end the kernel proves a post is refused. Of a peer on another host nothing is proved: its
-        post is submitted, and what the engine says of it is not believed to mean that nothing can land."""
-        fields = msgspec.msgpack.decode(target.descriptor)
-        fields[2], fields[8][0] = os.urandom(16), "another host"
-        abroad = self.transport.connect(msgspec.msgpack.encode(fields))
+        """To the peer whose end the kernel proves a post is refused. Of a peer on another host nothing is proved."""
+        abroad = self.connect_as(target, host=["another host", 1, 1, 1])
         self.write(target, abroad, [(0, 0, 4096)], "a write to the same engine as if on another host")
         target.kill()
         self.expect(self.transport.peer_state(peer) is PeerState.GONE, "the target's end is proved")
-        try:
-            self.transport.post(peer, [Copy(self.source, 0, target.region, 0, 4096)])
-            refused = False
-        except TransportError:
-            refused = True
-        self.expect(refused, "a post to the dead target is refused")
+        copies = [Copy(self.source, 0, target.region, 0, 4096)]
+        self.expect(self.refused(peer, copies, TransportError), "a post to the dead target is refused")
         self.expect(self.transport.peer_state(abroad) is PeerState.UNKNOWN, "from another host its end is not proved")
-        handle = self.transport.post(abroad, [Copy(self.source, 0, target.region, 0, 4096)])
-        began, status = time.monotonic(), self.ended(handle)
-        self.expect(
-            status is Status.UNKNOWN and not self.transport.drained(handle),
-            f"a post after the target was killed: {status.name}, not drained ({time.monotonic() - began:.1f} s)",
-        )
+        began = time.monotonic()
+        handle = self.transport.post(abroad, copies)
+        status = self.ended(handle)
+        self.after_its_death(status, handle, f"{status.name} ({time.monotonic() - began:.1f} s)")
+
+    def after_its_death(self, status: Status, handle: int, how: str) -> None:
+        """It is submitted, and what the engine says of it is not believed to mean that nothing can land."""
+        unknown = status is Status.UNKNOWN and not self.transport.drained(handle)
+        self.expect(unknown, f"a post after the target was killed is not drained: {how}")
+
+    def refused(self, peer: Any, copies: list[Copy], error: type[TransportError]) -> bool:
+        try:
+            self.transport.post(peer, copies)
+        except error:
+            return True
+        return False
+
+    def connect_as(self, target: Target, **fields: object) -> Any:
+        """To the target's engine as another instance, of which something else is told."""
+        values = msgspec.msgpack.decode(target.descriptor)
+        for name, value in {"instance": os.urandom(16), **fields}.items():
+            values[self.wire.__struct_fields__.index(name)] = value
+        return self.transport.connect(msgspec.msgpack.encode(values))
 
 
 def main(open_one: Open, kind: type[Check] = Check) -> int:
