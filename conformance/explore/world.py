@@ -8,6 +8,7 @@ for each block of each receiver, what was written there last. Nothing here depen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tensorferry.conformance.explore import happenings
@@ -20,6 +21,16 @@ from tensorferry.conformance.explore.views import View, look
 from tensorferry.core import messages as m
 
 
+@dataclass(slots=True)
+class Judged:
+    """What has been found about messages at a machine in one state; each set of messages as bits."""
+
+    known: int = 0
+    keep: int = 0  # Late.NO
+    late: int = 0  # Late.YES
+    reply: int = 0  # Late.REPLY
+
+
 class SearchWorld:
     """One configuration, as the search sees it."""
 
@@ -27,7 +38,11 @@ class SearchWorld:
         self.setup = setup
         self.shop = Workshop(setup.build())
         self.seen: dict[int, View] = {}
-        self.judged: dict[tuple[int, int], Late] = {}
+        self.judged: dict[int, Judged] = {}
+        self.addressed = [0] * (setup.ranks + setup.senders)  # process -> the messages to it, as bits
+        self.posted = 0  # how many messages that covers
+        self.answers: dict[tuple[int, int], int | None] = {}
+        self.echoes: dict[tuple[int, int], int | None] = {}
         self.said: dict[int, int] = {}  # process number -> what its timers say, as bits
 
     # ---- looking ------------------------------------------------------------------------------------------------
@@ -82,11 +97,10 @@ class SearchWorld:
     # ---- going on -----------------------------------------------------------------------------------------------
 
     def edges(self, state: State) -> list[Edge]:
-        found = happenings.normal(self, state)
-        if not any(edge.state != state for edge in found):
-            found = happenings.patience(self, state)
-        found += happenings.faults(self, state)
-        return [edge for edge in found if edge.state != state]
+        found = [edge for edge in happenings.normal(self, state) if edge.state != state]
+        if not found:
+            found = [edge for edge in happenings.patience(self, state) if edge.state != state]
+        return found + [edge for edge in happenings.faults(self, state) if edge.state != state]
 
     def settle(self, step: Step) -> State:
         """The state after a step, without the messages that can never matter again."""
@@ -96,15 +110,17 @@ class SearchWorld:
         return step.frozen(net)
 
     def collect(self, procs: list[int] | tuple[int, ...], net: int) -> int:
-        keep, rest, replies = 0, net, 0
-        while rest:
-            bit = rest & -rest
-            rest ^= bit
-            late = self._late(procs, bit.bit_length() - 1)
-            if late is Late.NO:
-                keep |= bit
-            elif late is Late.REPLY:
-                replies |= bit
+        mail, addressed = self.shop.mail, self.addressed
+        while self.posted < len(mail):
+            addressed[mail[self.posted].to] |= 1 << self.posted
+            self.posted += 1
+        keep = replies = 0
+        for process, number in enumerate(procs):
+            here = net & addressed[process]
+            if here:
+                judged = self._judged(number, here)
+                keep |= here & judged.keep
+                replies |= here & judged.reply
         while replies:
             bit = replies & -replies
             replies ^= bit
@@ -112,26 +128,56 @@ class SearchWorld:
                 keep |= bit
         return keep
 
-    def _late(self, procs: list[int] | tuple[int, ...], mail: int) -> Late:
-        number = procs[self.shop.mail[mail].to]
-        late = self.judged.get((number, mail))
-        if late is None:
-            late = self.judged[number, mail] = judge(self.shop.machine(number), self.shop.mail[mail], self.setup)
-        return late
+    def _judged(self, number: int, bits: int) -> Judged:
+        """What is known at a machine, once these messages to it have been judged."""
+        judged = self.judged.get(number)
+        if judged is None:
+            judged = self.judged[number] = Judged()
+        rest = bits & ~judged.known
+        while rest:
+            bit = rest & -rest
+            rest ^= bit
+            late = judge(self.shop.machine(number), self.shop.mail[bit.bit_length() - 1], self.setup)
+            judged.known |= bit
+            if late is Late.NO:
+                judged.keep |= bit
+            elif late is Late.YES:
+                judged.late |= bit
+            else:
+                judged.reply |= bit
+        return judged
 
     def _answered(self, procs: list[int] | tuple[int, ...], mail: int, keep: int) -> bool:
         """All that the message does is to call forth replies, and those are under way or too late themselves."""
-        number = procs[self.shop.mail[mail].to]
-        ran = self.shop.run(number, ("msg", mail))
-        if ran.after != number or ran.error is not None or not ran.todo:
-            # no reply at all: something holds it back (a write that is not drained, a rank that has not closed)
-            return ran.after == number and ran.error is None and self._silent_for_good(mail)
-        for todo in ran.todo:
-            if todo[0] != "send":
-                return False
-            if not keep >> todo[1] & 1 and self._late(procs, todo[1]) is not Late.YES:
+        key = (procs[self.shop.mail[mail].to], mail)
+        if key not in self.answers:
+            self.answers[key] = self._answer(*key)
+        replies = self.answers[key]
+        if replies is None:
+            return False
+        rest = replies & ~keep
+        while rest:
+            bit = rest & -rest
+            rest ^= bit
+            number = procs[self.shop.mail[bit.bit_length() - 1].to]
+            if not self._judged(number, bit).late & bit:
                 return False
         return True
+
+    def _answer(self, number: int, mail: int) -> int | None:
+        """The replies that a message calls forth, as bits. None: it does more than that, or may yet do so."""
+        replies = self.echo(number, mail)
+        # no reply at all: something holds it back (a write that is not drained, a rank that has not closed)
+        return None if replies == 0 and not self._silent_for_good(mail) else replies
+
+    def echo(self, number: int, mail: int) -> int | None:
+        """What a machine sends when a message comes, as bits. None: it changes, or does anything else."""
+        key = (number, mail)
+        if key not in self.echoes:
+            ran = self.shop.run(number, ("msg", mail))
+            idle = ran.after == number and ran.error is None and all(todo[0] == "send" for todo in ran.todo)
+            self.echoes[key] = sum({1 << todo[1] for todo in ran.todo}) if idle else None
+        return self.echoes[key]
 
     def _silent_for_good(self, mail: int) -> bool:
         """Those who wait for a drain or for other ranks are told without being asked again."""
