@@ -6,6 +6,8 @@ WORKERS ?= 4
 
 VENV ?= .venv
 export VENV
+# Hundreds of interpreters are started by the tests: what one has compiled is there for the next.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 ARGS ?=
 REPORTS ?=
