@@ -166,15 +166,23 @@ class Reach:
 class Carriers:
     """Owns the transports: what it is given it closes. One thread only (the endpoint's I/O thread)."""
 
-    def __init__(self, transports: Transport | Sequence[Transport], *, require: str = "", place: Place = HOST) -> None:
+    def __init__(
+        self,
+        transports: Transport | Sequence[Transport],
+        *,
+        require: str = "",
+        place: Place = HOST,
+        passed_over: Sequence[Verdict] = (),
+    ) -> None:
         """`require`: a path ("rdma") that the bytes must take. Raises TransportUnavailable where none can take it.
-        `place`: where the memory lies that `allocate` gives. Raises ConfigError where no transport takes such."""
+        `place`: where the memory lies that `allocate` gives. Raises ConfigError where no transport takes such.
+        `passed_over`: what was not even opened, with the reason."""
         given = [transports] if isinstance(transports, Transport) else list(transports)
         if not given or len({t.name for t in given}) != len(given):
             raise BadCall(f"an endpoint needs transports of different names, not {[t.name for t in given]}")
         self.require, self.place = require, place
-        self.rejected: list[Verdict] = []
-        """Those that were open and are not used, with the reason."""
+        self.rejected: list[Verdict] = list(passed_over)
+        """Those that are there and are not used, with the reason."""
         self._all = list(given)
         fit = [t for t in given if not require or t.path() == require]
         self.rejected += [
@@ -185,8 +193,8 @@ class Carriers:
         if not fit:
             raise TransportUnavailable(
                 f"{require} is required, and no transport here has it: "
-                + "; ".join(f"{v.name} goes over {v.path}" for v in self.rejected),
-                hint="`tensorferry transports --why` shows what each transport finds on this machine",
+                + "; ".join([*(f"{t.name} goes over {t.path()}" for t in given), *map(str, passed_over)]),
+                hint="`tensorferry doctor` says, step by step, what stands against RDMA",
                 transport=given[0].name,
             )
         fit = self._taking(fit)
@@ -339,6 +347,10 @@ class Carriers:
                 same_host = ours[verdict.name].capabilities.same_host_only
                 if not (same_host and isinstance(problem, TransportMismatch)):
                     blind.append(verdict.name)
+        known_here = {v.name: v for v in self.rejected}
+        for k, v in enumerate(seen):
+            if v.name not in ours and v.name in known_here:  # the peer's word: it is here as well
+                seen[k] = replace(v, reason=f"the peer has it, and here: {known_here[v.name].reason}")
         seen.sort(key=lambda v: not v.viable)
         if lanes:
             if before is not None:
@@ -348,14 +360,17 @@ class Carriers:
             first = next((v for v in seen if v.viable), None)
             if first is not None and not first.reason.startswith(("first choice", "chosen over")):
                 seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
-        return Reach(lanes, seen + self.rejected, tuple(blind)), problems
+        seen += [v for v in self.rejected if v.name not in offered]
+        return Reach(lanes, seen, tuple(blind)), problems
 
     def _no_way(self, seen: list[Verdict], hello: m.Hello, who: str, problems: Sequence[FerryError] = ()) -> FerryError:
         ours, theirs = [t.name for t in self.transports], [offer.name for offer in hello.offers]
         both = [v for v in seen if v.name in ours and v.name in theirs]
         if not both:
+            here = [str(v) for v in self.rejected if v.name in theirs]
             return TransportMismatch(
-                f"this side has {', '.join(ours)}, the peer offers {', '.join(theirs) or 'none'}",
+                f"this side has {', '.join(ours)}{''.join(f', {one}' for one in here)}, "
+                f"the peer offers {', '.join(theirs) or 'none'}",
                 hint="Name the same transport on both sides, or leave both to choose (transport=auto)",
                 peer=who,
             )

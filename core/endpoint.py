@@ -34,6 +34,7 @@ from tensorferry.core.errors import (
 )
 from tensorferry.core.layout import Layout
 from tensorferry.core.memory import HOST, Place
+from tensorferry.core.selection import Verdict
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import IDLE_TICK, TICK, Watches, new_incarnation
 from tensorferry.core.transport import Transport
@@ -66,6 +67,7 @@ class Endpoint:
         bind: str,
         name: str,
         place: Place = HOST,
+        passed_over: Sequence[Verdict] = (),
     ) -> None:
         self.layout = layout
         self.settings = settings
@@ -76,7 +78,7 @@ class Endpoint:
             raise ConfigError(f"an endpoint's name has at most 128 characters, not {len(self.name)}")
         if re.search(m.PRINTABLE, self.name) is None:
             raise ConfigError(f"an endpoint's name cannot hold control characters: {self.name!r}")
-        self.carriers = Carriers(transports, require=settings.require, place=place)
+        self.carriers = Carriers(transports, require=settings.require, place=place, passed_over=passed_over)
         self._watches = Watches()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a caller may never poll

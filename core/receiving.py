@@ -41,6 +41,7 @@ from tensorferry.core.handles import ReceiveTransfer
 from tensorferry.core.layout import AUX_WORDS, Geometry, Layout
 from tensorferry.core.policy import receiver_policy
 from tensorferry.core.receiver import ReceiverMachine
+from tensorferry.core.selection import Verdict
 from tensorferry.core.settings import Settings
 from tensorferry.core.timing import Troubles, bump_pause
 from tensorferry.core.transfer import Phase, Transfer
@@ -84,7 +85,9 @@ class Receiver(Endpoint):
         name: str = "",
         choose: Choose = lowest_runs,
         poison: bool = False,
+        passed_over: Sequence[Verdict] = (),
     ) -> None:
+        """`passed_over`: transports that whoever opened these did not open, each with the reason."""
         group = group or SOLO
         leads = group.ranks > 1 and group.leads
         self.group = group
@@ -106,7 +109,8 @@ class Receiver(Endpoint):
         pool = devices.place("pool_device", settings.pool_device)
         self._destination = devices.place("destination_device", settings.destination_device)
         self._device = devices.between(pool, self._destination)
-        super().__init__(layout, transports, settings, bind=group.leader if leads else "", name=name, place=pool)
+        bind = group.leader if leads else ""
+        super().__init__(layout, transports, settings, bind=bind, name=name, place=pool, passed_over=passed_over)
         with self._undo as undo:
             self.leader_address = self._control.address if leads else group.leader
             if group.ranks > 1 and not group.leads and group.leader:

@@ -32,6 +32,7 @@ from tensorferry.core.layout import AUX_WORDS, Geometry, Layout, slab_plan
 from tensorferry.core.memory import HOST
 from tensorferry.core.policy import SenderPolicy
 from tensorferry.core.posting import Poster, Target
+from tensorferry.core.selection import Verdict
 from tensorferry.core.sender import SenderMachine
 from tensorferry.core.sender_state import Slot
 from tensorferry.core.settings import Settings
@@ -71,8 +72,10 @@ class Sender(Endpoint):
         *,
         bind: str = "tcp://127.0.0.1:0",
         name: str = "",
+        passed_over: Sequence[Verdict] = (),
     ) -> None:
-        super().__init__(layout, transports, settings, bind=bind, name=name)
+        """`passed_over`: transports that whoever opened these did not open, each with the reason."""
+        super().__init__(layout, transports, settings, bind=bind, name=name, passed_over=passed_over)
         self.address = self._control.address
         self._transfers: dict[int, SendTransfer] = {}  # by serial, until the end
         self._arriving: dict[int, Source] = {}  # by serial: rows that a GPU is still computing

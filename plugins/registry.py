@@ -28,7 +28,7 @@ from tensorferry.core.errors import (
     UnknownTransport,
     VersionMismatch,
 )
-from tensorferry.core.selection import preference
+from tensorferry.core.selection import Verdict, preference
 from tensorferry.core.transport import CONTRACT_VERSION, Options, Probe, Readiness, Transport
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ def open_transport(name: str, options: Mapping[str, object] | None = None) -> Tr
         ) from error
 
 
-def open_automatic(options: Mapping[str, object] | None = None) -> list[Transport]:
-    """Every transport that may be chosen without being named, open, best first.
+def open_automatic(options: Mapping[str, object] | None = None) -> tuple[list[Transport], list[Verdict]]:
+    """Every transport that may be chosen without being named, open, best first; and those that were passed over, each
+    with the reason (but for those that no two processes share).
 
     Raises ConfigError for options, which belong to one transport by name, and TransportUnavailable, with every
     transport's reason, where none can be opened.
@@ -165,22 +166,26 @@ def open_automatic(options: Mapping[str, object] | None = None) -> list[Transpor
             f"options ({', '.join(options)}) belong to one transport", hint="Name the transport that they are for"
         )
     opened: list[Transport] = []
-    problems: list[str] = []
+    passed_over: list[Verdict] = []
     for entry in ranked():
-        if not entry.automatic:
-            problems.append(f"{entry.name}: {entry.reason}")
-            continue
-        try:
-            opened.append(open_transport(entry.name))
-        except FerryError as error:
-            problems.append(f"{entry.name}: {error.cause}")
-            log.warning("transport %s is not used: %s", entry.name, error)
+        name, answer = entry.name, entry.probe
+        if entry.automatic:
+            try:
+                opened.append(open_transport(name))
+            except FerryError as error:
+                passed_over.append(Verdict(name, answer.path, False, error.cause))
+                log.warning("transport %s is not used: %s", name, error)
+        elif not answer.usable:
+            passed_over.append(Verdict(name, answer.path, False, entry.reason))
+        elif name not in NEVER_AUTOMATIC:
+            passed_over.append(Verdict(name, answer.path, False, f"taken only when it is named: {answer.reason}"))
     if not opened:
+        told = "; ".join(f"{v.name}: {v.reason}" for v in passed_over)
         raise TransportUnavailable(
-            f"no transport can be used here. {'; '.join(problems) or 'None is installed'}",
+            f"no transport can be used here. {told or 'None is installed'}",
             hint="`tensorferry transports --why` says what would help",
         )
-    return opened
+    return opened, passed_over
 
 
 def ranked(prober: Callable[[str], Probe] = probe) -> list[Ranked]:

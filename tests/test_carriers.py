@@ -23,6 +23,7 @@ from tensorferry.core.errors import (
     VersionMismatch,
 )
 from tensorferry.core.memory import Memory
+from tensorferry.core.selection import Verdict
 from tensorferry.core.staging import Stagings
 from tensorferry.core.transport import CONTRACT_VERSION, Capabilities, PeerState, Region, Transport
 
@@ -104,6 +105,22 @@ def reasons(reach: Reach) -> dict[str, str]:
 def test_transports_of_one_name_or_none_are_refused(given: Sequence[Transport]) -> None:
     with pytest.raises(BadCall):
         Carriers(given)
+
+
+def test_what_was_not_even_opened_has_its_reason_in_every_answer() -> None:
+    idle = Verdict("mooncake", "tcp", False, "taken only when it is named: there is no RDMA device")
+    with pytest.raises(TransportUnavailable, match=r"a goes over tcp; not mooncake \(.*there is no RDMA device"):
+        Carriers([Named("a")], require="rdma", passed_over=[idle])
+    carriers = Carriers([Named("a")], passed_over=[idle])
+    assert carriers.reach(hello(("a", "tcp")), "peer").verdicts[1:] == [idle]
+    reach, _ = carriers.survey(hello(("mooncake", "rdma"), ("other", "tcp")), "peer")
+    assert reasons(reach) == {
+        "a": "the peer does not offer it",
+        "mooncake": f"the peer has it, and here: {idle.reason}",
+        "other": "only the peer has it",
+    }
+    with pytest.raises(TransportMismatch, match=r"this side has a, not mooncake .*, the peer offers mooncake"):
+        carriers.reach(hello(("mooncake", "rdma")), "peer")
 
 
 def test_what_is_required_and_not_there_fails_closed() -> None:

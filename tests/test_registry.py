@@ -358,3 +358,23 @@ def test_what_works_less_well_than_it_could_is_taken_only_by_name_while_others_s
     ranked = ranking(install, {"shm": Readiness.READY, "acme": Readiness.DEGRADED})
     assert [(one.name, one.automatic) for one in ranked] == [("shm", True), ("acme", False)]
     assert "acme is degraded" in ranked[1].reason
+
+
+def test_what_is_not_opened_by_itself_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "tcp": Probe(Readiness.READY, "sockets work", path="tcp"),
+        "mooncake": Probe(Readiness.DEGRADED, "works over TCP: there is no RDMA device", path="tcp"),
+        "memory": Probe(Readiness.READY, "works", path="memcpy"),
+    }
+    ranked = registry.ranked
+    monkeypatch.setattr(registry, "ranked", lambda: ranked(lambda name: told.get(name, OTHER)))
+    opened, passed_over = registry.open_automatic()
+    for one in opened:
+        one.close()
+    assert [one.name for one in opened] == ["tcp"]
+    assert {v.name: v.reason for v in passed_over} == {
+        "mooncake": "taken only when it is named: works over TCP: there is no RDMA device",
+        "nixl": "unavailable: not part of this test",
+        "shm": "unavailable: not part of this test",
+    }
+    assert not any(v.viable for v in passed_over)

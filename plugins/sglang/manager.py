@@ -76,13 +76,14 @@ class FerryKVManager:
         rank = getattr(args, "engine_rank", None)
         if group is not None and rank is not None and rank != group.rank:
             raise ConfigError(f"engine_rank is {rank}, and the group says rank {group.rank}")
-        with opened(transport, options, settings) as (transports, loaded):
+        with opened(transport, options, settings) as (transports, loaded, passed_over):
             self._endpoint: Sender | Receiver
             if self.receives:
-                self._endpoint = Receiver(layout, transports, loaded, group=group, name=name)
+                self._endpoint = Receiver(layout, transports, loaded, group=group, name=name, passed_over=passed_over)
             else:
                 port = getattr(server_args, "disaggregation_bootstrap_port", None) or 0
-                self._endpoint = Sender(layout, transports, loaded, bind=bind or f"tcp://127.0.0.1:{port}", name=name)
+                bind = bind or f"tcp://127.0.0.1:{port}"
+                self._endpoint = Sender(layout, transports, loaded, bind=bind, name=name, passed_over=passed_over)
         self.buffers = MultimodalBuffers(layout, loaded, receives=self.receives)
 
     @property

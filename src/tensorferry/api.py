@@ -47,8 +47,8 @@ class Sender(sending.Sender):
     ) -> None:
         self._publications: list[Publication] = []
         self._leaving = False
-        with opened(transport, options, settings) as (transports, loaded):
-            super().__init__(layout, transports, loaded, bind=bind, name=name)
+        with opened(transport, options, settings) as (transports, loaded, passed_over):
+            super().__init__(layout, transports, loaded, bind=bind, name=name, passed_over=passed_over)
 
     def publish(self, name: str = "", *, address: str = "") -> Publication:
         """Be found under `name` (default: the endpoint's own) in the directory of the settings, until this is closed or
@@ -113,8 +113,11 @@ class Receiver(receiving.Receiver):
         poison: bool = False,
         **settings: object,
     ) -> None:
-        with opened(transport, options, settings) as (transports, loaded):
-            super().__init__(layout, transports, loaded, group=group, name=name, choose=choose, poison=poison)
+        with opened(transport, options, settings) as (transports, loaded, passed_over):
+            super().__init__(
+                layout, transports, loaded,
+                group=group, name=name, choose=choose, poison=poison, passed_over=passed_over,
+            )  # fmt: skip
 
     def find(self, name: str, timeout: float | None = None) -> str:
         """The control address of the sender that is published as `name`, for `receive`. Blocks, up to `timeout` seconds

@@ -124,7 +124,8 @@ class _Peer:
         from tensorferry.plugins.registry import open_automatic
 
         hello = ask(address, timeout)
-        carriers = Carriers(open_automatic(), require=require)
+        opened, passed_over = open_automatic()
+        carriers = Carriers(opened, require=require, passed_over=passed_over)
         try:
             reach, _ = carriers.survey(hello, address)
             reach.disconnect()
