@@ -381,6 +381,7 @@ class SenderMachine(SenderState):
         bound = self._binding_at(key)
         if bound is not None:  # said again; room and rank are what they were at first, whatever it says now (ID-5)
             self._announce_to(self.slots[self.where[key]], bound.rank)
+            self._tell_late(self.slots[self.where[key]], bound)
             return
         slot = self._slot_at(o.room)
         if r.problem is not None:
@@ -415,6 +416,19 @@ class SenderMachine(SenderState):
             return
         self._announce_to(slot, o.rank)
         self._send_decision(slot)
+        self._tell_late(slot, slot.bindings[o.rank])
+
+    def _tell_late(self, slot: Slot, b: Binding) -> None:
+        """The leader of an aborted room has closed it, and another rank opens it.
+
+        It may be late for this use, or early for the next one, for which its leader waits in vain as long as this one
+        does not end. Nothing tells the two apart. So it is told: it asks its leader, as always, and the use that it is
+        of ends for all of them.
+        """
+        leader = slot.bindings.get(0)
+        if slot.decision == "abort" and leader is not None and leader.closed is not None and b.closed is None:
+            code, cause = slot.abort
+            self._send(b.route, m.Abort(src=self.inc, dst=b.receiver, xfer=b.xfer, code=code, cause=cause))
 
     def _refuse_rivals_of(self, receiver: int) -> None:
         """A receiver whose rank somebody else wants is alive: the room is in use."""

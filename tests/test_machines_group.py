@@ -318,3 +318,34 @@ def test_a_status_shows_success_only_with_the_verdict() -> None:
     ferry.drop = lambda to, message: False
     finish(ferry)
     assert all(t.status is Status.SUCCESS for t in ts.values())
+
+
+@pytest.mark.parametrize("first", ["rank0", "rank1"])
+@pytest.mark.parametrize("unmet", [True, False], ids=["unmet", "open lost"])
+def test_a_room_that_was_given_up_before_a_rank_had_opened_it_is_not_waited_for_when_it_is_used_again(
+    first: str, unmet: bool
+) -> None:
+    """That rank's next transfer is taken for one that is late for the use before: it ends, instead of waiting for the
+    leader, whose next transfer waits for the end of the use before."""
+    ferry = Ferry(ranks=2, pool=2, window=2)
+    lost = object if unmet else m.Open
+    ferry.drop = lambda to, message: to == "sender" and message.src == 11 and isinstance(message, lost)
+    ferry.send(1, 2)
+    before = everyone(ferry)
+    ferry.deliver()
+    ferry.carry_out("rank0", ferry.receivers["rank0"].cancel(before["rank0"], e.Cancelled("enough")))
+    ferry.deliver()
+    ferry.resend()
+    assert [getattr(end, "code", "") for end in outcomes(ferry, before)] == ["cancelled"] * 2
+    ferry.drop = lambda to, message: False
+    again = {}
+    for rank in sorted(ferry.receivers, reverse=first == "rank1"):
+        again[rank] = ferry.receive(1, rank)
+        ferry.deliver()
+        ferry.resend()
+    finish(ferry)
+    assert [getattr(end, "code", "") for end in outcomes(ferry, again)] == ["cancelled"] * 2
+    serial, third = ferry.send(1, 2), everyone(ferry)
+    finish(ferry)
+    assert ferry.ended["sender", serial] is None
+    assert outcomes(ferry, third) == [None] * 2
