@@ -138,7 +138,7 @@ class TransportUnavailable(ConfigError):
     """The transport is installed but cannot work here."""
 
     code = "transport_unavailable"
-    default_hint = "`tensorferry transports --why` says what is missing"
+    default_hint = "`tensorferry doctor` tries each transport by itself and says what is missing"
 
 
 class UnknownDirectory(ConfigError):

@@ -96,7 +96,9 @@ def one_of(*choices: str) -> Callable[[object], str]:
     def read(value: object) -> str:
         if isinstance(value, str) and value.strip().lower() in choices:
             return value.strip().lower()
-        raise ValueError(f"must be one of {', '.join(choices)}{did_you_mean(value, choices)}")
+        raise ValueError(
+            f"must be one of {', '.join(choice or 'empty' for choice in choices)}{did_you_mean(value, choices)}"
+        )
 
     return read
 

@@ -395,7 +395,7 @@ def _read(about: Description, value: object, origin: Origin | None = None) -> An
         where = f" (from {origin})" if origin else ""
         raise ConfigError(
             f"{about.name} {error}, not {value!r}{where}",
-            hint=f"The default is {about.default} {about.unit}".rstrip(),
+            hint=f"The default is {about.default if about.default != '' else 'empty'} {about.unit}".rstrip(),
         ) from None
 
 

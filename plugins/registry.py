@@ -148,7 +148,7 @@ def open_transport(name: str, options: Mapping[str, object] | None = None) -> Tr
         return cls(typed)
     except FerryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an engine's import must not end the process either
         raise TransportUnavailable(
             f"transport {name} failed to open: {type(error).__name__}: {error}", transport=name
         ) from error

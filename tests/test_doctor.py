@@ -93,15 +93,21 @@ class Missing(Odd):
     def probe(cls):
         return Probe(Readiness.UNAVAILABLE, "it needs libodd.so.1", "apt-get install libodd1", {"engine": "7"})
 
+class Exits(Odd):
+    name = "exits"
+    def __init__(self, options):
+        raise SystemExit("not on \\n this host")
+
 class OpensBadly(Odd):
     name = "opensbadly"
     def __init__(self, options):
+        os.write(2, b"terminate called: no more pages\\n")
         os.abort()
 
 class Refuses(Odd):
     name = "refuses"
     def __init__(self, options):
-        raise OSError("out of queue pairs")
+        raise OSError("out of queue pairs:\\n\\x1b[31mall 8")
 
 class OpensSlowly(Odd):
     name = "opensslowly"
@@ -117,21 +123,21 @@ def odd(tmp_path: Path) -> dict[str, str]:
     info = tmp_path / "oddities-0.3.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: oddities\nVersion: 0.3\n")
-    names = ["Aborts", "Hangs", "Prints", "Raises", "Missing", "OpensBadly", "Refuses", "OpensSlowly"]
+    names = ["Aborts", "Hangs", "Prints", "Raises", "Missing", "OpensBadly", "Refuses", "OpensSlowly", "Exits"]
     entries = "\n".join(f"{name.lower()} = oddities:{name}" for name in names)
     (info / "entry_points.txt").write_text(f"[tensorferry.transports]\n{entries}\n")
     return environment(PYTHONPATH=str(tmp_path))
 
 
 def test_each_probe_that_misbehaves_is_a_row_and_a_problem_and_the_others_answer(odd: dict[str, str]) -> None:
-    names = ["aborts", "prints", "raises", "missing", "opensbadly", "refuses", "shm"]
+    names = ["aborts", "prints", "raises", "missing", "opensbadly", "refuses", "exits", "shm"]
     status, told = doctor(*names, env=odd)
     found = {one["name"]: one for one in told["transports"]}
     assert status == 1
     assert list(found) == names
     assert {name: one["status"] for name, one in found.items()} == {
         "aborts": "broken", "prints": "broken", "raises": "broken", "missing": "unavailable",
-        "opensbadly": "ready", "refuses": "ready", "shm": "ready",
+        "opensbadly": "ready", "refuses": "ready", "exits": "ready", "shm": "ready",
     }  # fmt: skip
     assert found["aborts"]["reason"] == "its probe was ended by SIGABRT"
     assert "unknown scheme" in found["aborts"]["facts"]["last_words"]
@@ -139,6 +145,10 @@ def test_each_probe_that_misbehaves_is_a_row_and_a_problem_and_the_others_answer
     assert found["raises"]["reason"] == "its probe raised RuntimeError: no such engine"
     assert found["opensbadly"]["refused"] == "opening it: its process was ended by SIGABRT"
     assert "out of queue pairs" in found["refuses"]["refused"]
+    assert "\\n" not in json.dumps([found["refuses"]["refused"], found["exits"]["refused"]]), "a row is one line"
+    for name in ("opensbadly", "refuses", "exits"):
+        assert f"--debug {name}" in about(told, name)[0]["remedy"]
+    assert "no more pages" in about(told, "opensbadly")[0]["what"]
     assert found["shm"]["opened"]
     for name in names[:-1]:
         assert "problem" in {finding["severity"] for finding in about(told, name)}, name
@@ -620,6 +630,17 @@ def test_copies_between_processes_are_tried_and_a_refusal_says_what_helps(tmp_pa
     assert "ptrace_scope is 1" in found.what
     assert "kernel.yama.ptrace_scope=0" in found.remedy
     assert host_facts._read_sibling() in ("yes", "Operation not permitted", "Function not implemented")
+
+
+def test_loopback_that_is_down_is_a_warning_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for state, severities in (("unknown", []), ("down", [Severity.WARNING])):
+        lo = host_facts.Interface("lo", ("::1/128",), 65536, state)
+        eth = host_facts.Interface("eth0", ("10.0.0.5/24",), 1500, "up")
+        monkeypatch.setattr(host_facts, "interfaces", lambda _, found=(lo, eth): list(found))
+        everything = host_facts.findings(cma=Finding(Severity.OK, "cma", "not tried"))
+        found = [one for one in everything if one.about == "network"]
+        assert [one.severity for one in found] == severities
+    assert "ip link set lo up" in found[0].remedy
 
 
 def test_a_small_memory_is_noted_with_the_setting_that_exceeds_it(tmp_path: Path) -> None:

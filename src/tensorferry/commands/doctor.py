@@ -286,8 +286,11 @@ def _of_transport(name: str, one: Examined, *, named: bool, built_in: bool) -> F
     from tensorferry.core.transport import Readiness
 
     probe = one.probe
+    last = probe.facts.get("last_words", "")
+    if last:
+        last = f'. It last said: "{last}"'
     if one.refused:
-        return Finding(Severity.PROBLEM, name, one.refused, one.hint)
+        return Finding(Severity.PROBLEM, name, one.refused + last, one.hint)
     if one.opened and probe.path and preference(name, one.path) > preference(name, probe.path):
         what = f"falls back without a word: its probe finds {probe.path}, and open it goes over {one.path}"
         return Finding(Severity.PROBLEM, name, what, probe.hint or '"why not RDMA?" says what is missing')
@@ -299,10 +302,7 @@ def _of_transport(name: str, one: Examined, *, named: bool, built_in: bool) -> F
         severity = Severity.NOTE  # an engine that nobody has installed
     else:
         severity = Severity.PROBLEM
-    last = probe.facts.get("last_words", "")
-    return Finding(
-        severity, name, f"{probe.readiness}: {probe.reason}" + (f'. It last said: "{last}"' if last else ""), probe.hint
-    )
+    return Finding(severity, name, f"{probe.readiness}: {probe.reason}{last}", probe.hint)
 
 
 def _of_rdma(devices: Sequence[Device], steps: Sequence[Step], gpus: Sequence[str], root: Path) -> list[Finding]:

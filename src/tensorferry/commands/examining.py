@@ -18,6 +18,7 @@ from typing import Any
 
 from tensorferry.commands import probing
 from tensorferry.commands.listening import Listener, own_listeners, own_sockets
+from tensorferry.core.errors import TransportUnavailable
 from tensorferry.core.transport import Probe, Readiness
 
 
@@ -69,8 +70,11 @@ def examine(name: str, seconds: float, *, debug: bool = False) -> Examined:
     try:
         told = json.loads(second)
         listeners = tuple(Listener.from_dict(one) for one in told["listeners"])
-        return Examined(probe, bool(told["opened"]), told["path"], listeners, told["refused"], told["hint"])
-    except (ValueError, KeyError, TypeError):
+        refused, said = probing.one_line(told["refused"]), probing.one_line(told["hint"])
+        if refused and said in ("", TransportUnavailable.default_hint):  # which is to do what is being done here
+            said = hint
+        return Examined(probe, bool(told["opened"]), probing.one_line(told["path"]), listeners, refused, said)
+    except (ValueError, KeyError, TypeError, AttributeError):
         why = ended.how or f"answered {second[:80]!r}"
         return Examined(replace(probe, facts=probe.facts | last), refused=f"opening it: its process {why}", hint=hint)
 

@@ -63,6 +63,7 @@ def load_settings(args: argparse.Namespace, defaults: Mapping[str, object] | Non
 _METAVARS = {
     "transport": "NAME",
     "directory": "URL",
+    "require": "rdma",
     "pool_device": "cpu|cuda|cuda:N",
     "destination_device": "cpu|cuda|cuda:N",
     "first_grant_mode": "optimistic|announced",
@@ -79,4 +80,4 @@ def _metavar(about: Description) -> str:
 def _help(about: Description, default: object) -> str:
     first = about.meaning.replace("`", "").split(". ")[0].rstrip(".")
     shown = f"{default:g}" if isinstance(default, float) else str(default)
-    return f"{first} (default {shown})".replace("%", "%%")
+    return f"{first} (default {shown or 'empty'})".replace("%", "%%")

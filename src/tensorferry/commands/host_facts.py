@@ -30,7 +30,8 @@ _CAP_IPC_LOCK = 14
 """From <linux/capability.h>."""
 
 IRRELEVANT = {
-    "size of /dev/shm": "shm's memory is a memfd, which is not in /dev/shm",
+    "size of /dev/shm": "shm's memory is a memfd, which is not there. UCX, under nixl, has to be able to write there, "
+    "whatever the size",
     "clocks of two hosts": "nothing compares them: every deadline is measured by one host's own",
 }
 """What is often asked for and is not looked at, with the reason."""
@@ -129,6 +130,15 @@ def findings(root: Path = ROOT, cma: Finding | None = None) -> list[Finding]:
         found.append(
             Finding(
                 Severity.NOTE, "cpus", "one processor: a transfer and its gather take turns", "Give it two, or use RDMA"
+            )
+        )
+    if any(one.name == "lo" and one.state == "down" for one in interfaces(root)):
+        found.append(
+            Finding(
+                Severity.WARNING,
+                "network",
+                "loopback is down: engines talk to themselves over it, and so do two processes of this host",
+                "`ip link set lo up`",
             )
         )
     if all(one.name == "lo" or not one.addresses or one.state == "down" for one in interfaces(root)):

@@ -110,9 +110,16 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def parse(answer: bytes) -> Probe:
     try:
         told = json.loads(answer)
-        return Probe(Readiness(told["readiness"]), told["reason"], told["hint"], told["facts"], told["path"])
-    except (ValueError, KeyError, TypeError):
+        facts = {one_line(name): one_line(value) for name, value in told["facts"].items()}
+        reason, hint, path = (one_line(told[name]) for name in ("reason", "hint", "path"))
+        return Probe(Readiness(told["readiness"]), reason, hint, facts, path)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return Probe(Readiness.BROKEN, f"its probe answered {answer[:80]!r}")
+
+
+def one_line(words: str) -> str:
+    """What an engine says may have lines, and colours; a row of a table has not."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words.split()))
 
 
 def told(answer: Probe) -> dict[str, Any]:
