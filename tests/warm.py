@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,11 +70,12 @@ class _Stove:
         self._lock = threading.Lock()
 
     @classmethod
-    def lit(cls) -> _Stove:
+    @cache
+    def lit(cls, modules: tuple[str, ...]) -> _Stove:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                [sys.executable, "-P", __file__, str(theirs.fileno()), *modules],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": "", "OPENBLAS_NUM_THREADS": "1"},  # else OpenBLAS starts a thread
@@ -102,21 +104,28 @@ class _Stove:
         return int(begun)
 
 
+_lighting = threading.Lock()
+
+
 class Popen(subprocess.Popen):
     """`[sys.executable, *flags, FILE or "-m" MODULE, *arguments]`. Of the flags, -P and -u are heeded."""
+
+    modules: tuple[str, ...] = MODULES
+    """What is imported."""
 
     within: tuple[str, ...] = ()
     """Modules whose own `subprocess.Popen` starts warm processes, too."""
 
-    stove: _Stove | None = None
+    own: _Stove | None = None
+    """In a process that was given one: what it starts has the modules that it has."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more) -> None:
         _, _, shell, in_, ours_in, ours_out, out, ours_err, err, *_, session, _ = more
         assert args[0] == sys.executable
         assert (executable, preexec_fn, close_fds, shell) == (None, None, True, False)
         assert not pass_fds
-        if Popen.stove is None:
-            Popen.stove = _Stove.lit()
+        with _lighting:
+            stove = Popen.own or _Stove.lit(self.modules)
         order = {
             "words": [str(word) for word in args[1:]],
             "cwd": str(cwd or Path.cwd()),
@@ -126,7 +135,7 @@ class Popen(subprocess.Popen):
         }
         try:
             streams = [given if given != -1 else usual for usual, given in enumerate((in_, out, err))]
-            self.pid = Popen.stove.start(order, streams)
+            self.pid = stove.start(order, streams)
             self._child_created = True
         finally:
             self._close_pipe_fds(in_, ours_in, ours_out, out, ours_err, err)
@@ -193,7 +202,7 @@ def _light_another(tell: int) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
         theirs.close()
-        Popen.stove = _Stove(ours)
+        Popen.own = _Stove(ours)
         return
     ours.close()
     os.close(tell)
@@ -229,7 +238,7 @@ def _burn(channel: socket.socket) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is for whoever gives orders
-    for module in MODULES:
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection would touch, and so copy, what the processes share

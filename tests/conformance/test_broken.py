@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
+import warm
 from broken.catalogue import Broken, catalogue
 
-from tensorferry.conformance import Report, run
+from tensorferry.conformance import Report, run, runner, suite
 from tensorferry.conformance.model import Verdict
 from tensorferry.conformance.rules import Level, rules, select
 
@@ -51,6 +54,25 @@ def asked(one: Broken) -> str:
         return rule not in COSTLY and crc32(f"{one.name} {rule}".encode()) % 6 == 0
 
     return ",".join(filter(is_asked, TRANSPORT_RULES))
+
+
+class Worker(warm.Popen):
+    """A worker that has the suite imported, and nothing of what is under test; what it starts begins as usual."""
+
+    modules = (
+        "tensorferry.conformance.judge",
+        "tensorferry.conformance.peer",
+        *(f"tensorferry.conformance.suite.{name}" for name in suite.MODULES),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """`make broken` does without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not ALL:
+            patch.setattr(runner, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Worker}))
+        yield
 
 
 def judged(path: str, asked_for: str) -> Report:
