@@ -328,7 +328,7 @@ class Engine(FaultyMemory):
 def test_lost_writes_to_one_receiver_leave_staging_for_the_others(reads_on: bool) -> None:
     engine = Engine(MemoryOptions())
     engine.reads_on = reads_on
-    quick = {"peer_timeout": 0.4, "heartbeat": 0.1, "quarantine_quota": 1000, "max_bumps": 100}
+    quick = {"peer_timeout": 2.0, "heartbeat": 0.1, "quarantine_quota": 1000, "max_bumps": 100}
     script(engine, lambda n: LOSE if n in (3, 12, 14, 21) else WRITE)
     with Sides([engine], [memory()], staging_bytes=16 * 32 * 4, window=2, **quick) as sides:
         for room in range(1, 4):
@@ -352,7 +352,7 @@ class Sockets(FaultyMemory):
 def test_a_lost_write_pins_the_callers_rows_only_as_long_as_they_may_be_read(copies: bool) -> None:
     bad = (Sockets if copies else FaultyMemory)(MemoryOptions())
     script(bad, lambda n: LOSE if n == 1 else WRITE)
-    with Sides([bad], [memory()], peer_timeout=0.4, heartbeat=0.1) as sides:
+    with Sides([bad], [memory()], peer_timeout=2.0, heartbeat=0.1) as sides:
         sent, _ = sides.carry()
         source = sides.sender._call(lambda: sides.sender._poster.sources[sent._serial])
         assert source._released is copies
