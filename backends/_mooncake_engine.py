@@ -96,6 +96,7 @@ class Engine:
             self.close()
             raise Unfit(
                 f"Mooncake {environment.installed_version()} does not answer its own handshake: {error.cause}",
+                f"Loopback has to be up, with an address of {'IPv6' if _ipv6() else 'IPv4 (MC_USE_IPV6=1: of IPv6)'}. "
                 "This version of tensorferry knows the handshake of Mooncake 0.3.13",
             ) from error
         self.protocol = answer.protocol

@@ -124,6 +124,8 @@ def refuse_dangers() -> None:
     for name, why in _REFUSES.items():
         if os.environ.get(name):
             raise Unfit(f"{name} is set: {why}", f"Unset {name}")
+    if "MC_FORCE_HCA" in os.environ and "MC_FORCE_TCP" not in os.environ and not rdma_ports():
+        raise Unfit("MC_FORCE_HCA is set and there is no RDMA device: the engine does not start", "Unset MC_FORCE_HCA")
     if os.environ.get("MC_TCP_PROTO") == "1":
         raise Unfit(
             "MC_TCP_PROTO=1 is set: the engine then calls a write complete that the peer has not acknowledged",
@@ -183,19 +185,38 @@ def _seconds(name: str, fallback: float) -> float:
 
 def installed_version() -> str:
     """The installed engine's version; "" where there is none. Does not import it."""
+    found = _distribution()
+    return found.version or "" if found else ""
+
+
+def _distribution() -> metadata.Distribution | None:
     for name in DISTRIBUTIONS:
         try:
-            return metadata.version(name)
+            return metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-    return ""
+    return None
+
+
+def reinstall() -> str:
+    """What makes the installed engine whole: where it is there, pip's plain answer is that nothing is to be done."""
+    found = _distribution()
+    return f"pip install --force-reinstall --no-deps {found.name}" if found else INSTALL
+
+
+def _is_brought(library: str) -> bool:
+    """The engine's own wheel has it."""
+    found = _distribution()
+    return found is not None and any(file.name == library for file in found.files or [])
 
 
 def check_installed() -> str:
     """The engine's version. Raises Unfit where it is missing or too old."""
     version = installed_version()
-    if not version or importlib.util.find_spec("mooncake") is None:
+    if not version:
         raise Unfit("the Mooncake transfer engine is not installed", INSTALL)
+    if importlib.util.find_spec("mooncake") is None:
+        raise Unfit(f"Mooncake {version} is installed by halves: its package is not there", reinstall())
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < MINIMUM:
         least = ".".join(map(str, MINIMUM))
         raise Unfit(
@@ -245,7 +266,11 @@ def explain_import(error: ImportError) -> Unfit:
     if named:
         missing.add(named[1])
     if not missing:
-        return Unfit(f"the Mooncake engine cannot be imported: {text}", INSTALL)
+        return Unfit(f"the Mooncake engine cannot be imported: {text}", f"Install it anew: {reinstall()}")
+    brought = sorted(filter(_is_brought, missing))
+    if brought:
+        what = f"the Mooncake engine lacks {', '.join(brought)}, which its own wheel brings: it is installed by halves"
+        return Unfit(what, reinstall())
     cuda = sorted(name for name in missing if name.startswith(("libcuda", "libcudart", "libnvidia")))
     if cuda:
         return Unfit(

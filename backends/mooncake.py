@@ -92,7 +92,12 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
         facts = _facts() | {"address": _own_address("auto"), **environment.EXPOSURE, "ports": environment.port_range()}
         facts |= carried(*environment.why_not_cuda("tcp" if cause else "rdma"), environment.DMA_BUF)
         if cause:
-            return Probe(Readiness.DEGRADED, f"works over TCP: {cause}", remedy, facts, path="tcp")
+            works = "works over TCP"
+            if facts["address"] in ("127.0.0.1", "::1") and local_addresses():
+                family, other = ("IPv6", "unset") if facts["address"] == "::1" else ("IPv4", "set")
+                works = f"works over TCP, within this host alone, which has no address of {family} for others"
+                remedy = f"For other hosts {other} MC_USE_IPV6. {remedy}"
+            return Probe(Readiness.DEGRADED, f"{works}: {cause}", remedy, facts, path="tcp")
         return Probe(Readiness.READY, "an active RDMA device is there", facts=facts, path="rdma")
 
     def __init__(self, options: Options) -> None:

@@ -20,6 +20,7 @@ from transport_ends import at, ended, eventually, need, source
 from tensorferry import errors
 from tensorferry.backends import _mooncake_engine
 from tensorferry.backends import _mooncake_environment as environment
+from tensorferry.backends import mooncake as mooncake_module
 from tensorferry.backends._mooncake_jobs import cut
 from tensorferry.backends._mooncake_sockets import Aftermath, hasten_listener
 from tensorferry.backends._mooncake_wire import Answer, ask, session_name
@@ -200,6 +201,34 @@ def test_each_missing_library_is_named_with_its_package(
     assert "libcurl.so.4" in unfit.reason
     assert package in unfit.hint.split()
     assert "libcurl4" in unfit.hint.split()
+
+
+def test_a_library_of_the_wheels_own_that_is_gone_is_no_package_of_the_system(installed: None) -> None:
+    found = environment._distribution()
+    assert found is not None
+    brought = next(file.name for file in found.files or [] if file.name.startswith("libglog"))
+    unfit = environment.explain_import(ImportError(f"{brought}: cannot open shared object file: No such file"))
+    assert "installed by halves" in unfit.reason
+    assert unfit.hint == f"pip install --force-reinstall --no-deps {found.name}"
+
+
+def test_an_engine_that_is_told_to_use_rdma_where_there_is_none_says_which_variable_it_was(
+    installed: None, no_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_FORCE_HCA", "0")  # as seen, its being there is what counts
+    monkeypatch.setattr(environment, "rdma_ports", dict)
+    assert MooncakeTransport.probe().reason.startswith("MC_FORCE_HCA is set")
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    assert MooncakeTransport.probe().usable
+
+
+def test_a_host_without_an_address_of_the_family_that_the_engine_uses_is_told(
+    installed: None, no_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mooncake_module, "local_addresses", lambda: ["fd00::2"])
+    probe = MooncakeTransport.probe()
+    assert "within this host alone, which has no address of IPv4 for others" in probe.reason
+    assert probe.hint.startswith("For other hosts set MC_USE_IPV6")
 
 
 @pytest.mark.parametrize("library", ["libcudart.so.12", "libcuda.so.1"])
