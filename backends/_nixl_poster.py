@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +77,15 @@ class Worker(EngineThread[Target, Job]):
     @property
     def stopping(self) -> bool:
         return self._crew.stopping
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Around a call of the engine that may not come back."""
+        self.called_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.called_at = 0.0
 
     def abandon(self) -> None:
         """From another thread: this one does not come back. What is with it may still land, or not."""
@@ -211,7 +222,8 @@ class Worker(EngineThread[Target, Job]):
     def _learn(self, target: Target) -> bool:
         told = target.told
         try:
-            self._agent.learn(told.agent, told.metadata)
+            with self._inside():
+                self._agent.learn(told.agent, told.metadata)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
             self._give_up(target, str(error))
             self._suspect(target)
@@ -227,7 +239,9 @@ class Worker(EngineThread[Target, Job]):
         try:
             request = self._agent.prepare(target.told.agent, [(self._agent.doorstep, target.told.doorstep, 1)])
             target.knock = request
-            if self._agent.knock(request):
+            with self._inside():
+                answered = self._agent.knock(request)
+            if answered:
                 self._answered(target)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
             self._refused(target, f"it cannot be written to: {error}")
@@ -282,16 +296,14 @@ class Worker(EngineThread[Target, Job]):
         target.under_way.append(submit)
         if not job.parts:
             target.jobs.popleft()
-        self.called_at = time.monotonic()
         try:
-            done = self._agent.submit(request)
+            with self._inside():
+                done = self._agent.submit(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing says how far it came
             self._lose(job, f"a write failed: {error}")
             self._end(target, submit)
             self._suspect(target)
             return
-        finally:
-            self.called_at = 0.0
         if done:
             self._end(target, submit)
         else:

@@ -316,26 +316,30 @@ def unread(pid: int) -> int:
 
 
 @COPIES
+@pytest.mark.parametrize("call", ["submit", "knock"])
 def test_a_thread_that_does_not_come_back_from_the_engine_holds_up_no_other_peer_and_not_the_end(
-    there: Start, monkeypatch: pytest.MonkeyPatch, way: str
+    there: Start, monkeypatch: pytest.MonkeyPatch, way: str, call: str
 ) -> None:
-    monkeypatch.setattr(_nixl_poster, "STUCK_S", 0.5)
     monkeypatch.setattr(_nixl_poster, "GLANCE_S", 0.2)
-    monkeypatch.setattr("tensorferry.backends._engine_transport.CLOSE_TIMEOUT_S", 0.5)
     first, second = there(), there()
     regions = [first.ask("share", nbytes=4096), second.ask("share", nbytes=4096)]
     transport = NixlTransport(NixlOptions(require=way, progress_timeout=0.5))
     peers = [transport.connect(first.describe()), transport.connect(second.describe())]
     for peer, region in zip(peers, regions, strict=True):
         assert ended(transport, one_byte(transport, peer, region)) is Status.DONE
-    submit, go, once = Agent.submit, threading.Event(), threading.Lock()
+    if call == "knock":  # at contact, and so before anything is written
+        forget(transport, peers[0])
+        peers[0] = transport.connect(first.describe())
+    monkeypatch.setattr(_nixl_poster, "STUCK_S", 0.5)
+    monkeypatch.setattr("tensorferry.backends._engine_transport.CLOSE_TIMEOUT_S", 0.5)
+    begin, go, once = getattr(Agent, call), threading.Event(), threading.Lock()
 
     def hang_once(agent: Agent, request: Request) -> bool:
         if once.acquire(blocking=False):
             go.wait(PATIENCE_S * 3)
-        return submit(agent, request)
+        return bool(begin(agent, request))
 
-    monkeypatch.setattr(Agent, "submit", hang_once)
+    monkeypatch.setattr(Agent, call, hang_once)
     handle = one_byte(transport, peers[0], regions[0])
     eventually(lambda: transport._crew.workers[0].called_at)
     assert ended(transport, one_byte(transport, peers[1], regions[1])) is Status.DONE
