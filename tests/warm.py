@@ -141,6 +141,11 @@ class Popen(subprocess.Popen):
             self._close_pipe_fds(in_, ours_in, ours_out, out, ours_err, err)
 
 
+def instead(popen: type[Popen]) -> SimpleNamespace:
+    """The module subprocess with this Popen, for a module that is to start its processes so."""
+    return SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+
+
 # ---- the stove, and what it starts ---------------------------------------------------------------------------
 
 
@@ -189,7 +194,7 @@ def _begin(order: dict[str, Any], fds: list[int]) -> list[str]:
     first = order["cwd"] if words[0] == "-m" else str(Path(words[0]).parent)
     sys.path[:0] = [*([] if "-P" in flags else [first]), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     for module in order["within"]:
-        importlib.import_module(module).subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Popen})
+        importlib.import_module(module).subprocess = instead(Popen)
     if order["within"]:
         _light_another(tell)
     os.write(tell, str(os.getpid()).encode())

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
@@ -71,7 +69,7 @@ def warm_workers() -> Iterator[None]:
     """`make broken` does without."""
     with pytest.MonkeyPatch.context() as patch:
         if not ALL:
-            patch.setattr(runner, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Worker}))
+            patch.setattr(runner, "subprocess", warm.instead(Worker))
         yield
 
 
