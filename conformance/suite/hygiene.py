@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,21 +60,37 @@ def told_by(
     """What `python -m tensorferry.conformance.<module> <what> ...` prints, which is one line of JSON, and as `files`
     what it leaves in its working directory, which is its temporary one, too, unless there is an `environment`."""
     with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", f"tensorferry.conformance.{module}", what, *arguments],
+            env={**child_environment(), "TMPDIR": folder} if environment is None else environment,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", f"tensorferry.conformance.{module}", what, *arguments],
-                env={**child_environment(), "TMPDIR": folder} if environment is None else environment,
-                cwd=folder,
-                capture_output=True,
-                timeout=FRESH_S,
-                check=False,
-            )
+            out, _ = process.communicate(timeout=FRESH_S)
         except subprocess.TimeoutExpired:
+            stage.note("where it hung", _stacks(process))
             stage.fail(f"the {what} of {arguments[0]} did not end within {FRESH_S:g} s in a fresh process")
-        ended = f"the {what} of {arguments[0]} ended its process with status {done.returncode}"
-        stage.expect(done.returncode == 0, ended)
-        told: dict[str, Any] = json.loads(done.stdout)
+        ended = f"the {what} of {arguments[0]} ended its process with status {process.returncode}"
+        stage.expect(process.returncode == 0, ended)
+        told: dict[str, Any] = json.loads(out)
         return told | {"files": sorted(os.listdir(folder))}
+
+
+def _stacks(process: subprocess.Popen[bytes]) -> str:
+    """End a process that hangs; what each of its threads was in."""
+    process.send_signal(signal.SIGABRT)
+    try:
+        _, said = process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:  # where not even a signal gets through, or others have its standard error
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        return "it does not end by SIGABRT"
+    return said.decode(errors="replace")[-4000:]
 
 
 @check("HYG-1", joined=False)

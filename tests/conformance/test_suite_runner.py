@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from tensorferry.conformance.judge import Setup, judge
 from tensorferry.conformance.model import Check, SuiteError, Tier, check, checks
 from tensorferry.conformance.patterns import difference, pattern
 from tensorferry.conformance.rules import Kind, Level, rules, select
+from tensorferry.conformance.suite.hygiene import _stacks
 from tensorferry.conformance.target import child_environment, resolve
 from tensorferry.core.errors import ConfigError, TransportUnavailable, UnknownOption, UnknownTransport
 
@@ -269,3 +273,14 @@ def test_a_variable_that_another_thread_takes_away_is_not_handed_to_a_child(monk
     monkeypatch.setattr(os, "environ", Losing(KEPT="1"))
     assert "LOST_MEANWHILE" in list(os.environ)
     assert child_environment().keys() == {"KEPT", "PYTHONPATH"}
+
+
+def test_of_a_fresh_process_that_hangs_is_told_where() -> None:
+    program = "import sys, time\ndef hangs():\n    print(flush=True)\n    time.sleep(1000)\nhangs()"
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"\n"
+    assert "in hangs" in _stacks(process)
+    assert process.returncode == -signal.SIGABRT
