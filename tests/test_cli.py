@@ -138,6 +138,16 @@ def test_debug_adds_the_traceback():
 # ---- transports
 
 
+def test_a_dependency_that_cannot_be_imported_is_named_with_a_remedy(tmp_path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
+    words = ("receive", "--room", "1", "--from", "tcp://127.0.0.1:1", "--layout", "x:int8", "-o", "f.safetensors")
+    done = tensorferry(*words, env=environment(PYTHONPATH=str(tmp_path)), cwd=tmp_path)
+    assert done.returncode == 3
+    assert "libtorch_cpu.so" in done.stderr
+    assert "pip install" in done.stderr
+    assert "report" not in done.stderr
+
+
 @pytest.fixture
 def strange_transports(tmp_path):
     """An environment in which a distribution `oddities` provides transports that misbehave when they are imported."""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from tensorferry._version import __version__
 from tensorferry.commands import config, conformance, demo, doctor, receive, send, transports
 from tensorferry.commands.flags import common
-from tensorferry.commands.output import Exit, Output, exit_for
+from tensorferry.commands.output import Exit, MissingDependency, Output, exit_for
 from tensorferry.core.errors import Cancelled, FerryError, InternalError
 
 COMMANDS = (demo, send, receive, transports, doctor, conformance, config)
@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has closed it (`| head`). Point it elsewhere so that the flush at exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.FAILED)
+    except ImportError as error:
+        hint = "`pip install --force-reinstall tensorferry` brings back what it needs; `--debug` shows who imports it"
+        return _failed(out, MissingDependency(f"{type(error).__name__}: {error}", hint=hint), args.debug)
     except Exception as error:  # noqa: BLE001  a defect of ours: said in one line, with the way to see all of it
         hint = "Please report this, with what `--debug` adds to this output"
         return _failed(out, InternalError(f"{type(error).__name__}: {error}", hint=hint), args.debug)

@@ -34,6 +34,12 @@ class MissingExtra(ConfigError):
     code: ClassVar[str] = "missing_extra"
 
 
+class MissingDependency(ConfigError):
+    """Something that tensorferry depends on cannot be imported."""
+
+    code: ClassVar[str] = "missing_dependency"
+
+
 class BadFlag(ConfigError):
     """A flag of the command line has a value that it cannot have."""
 
@@ -42,7 +48,7 @@ class BadFlag(ConfigError):
 
 def exit_for(error: BaseException) -> Exit:
     """Which exit status an error stands for."""
-    if isinstance(error, MissingExtra | TransportUnavailable):
+    if isinstance(error, MissingExtra | MissingDependency | TransportUnavailable):
         return Exit.CANNOT_RUN_HERE
     if isinstance(error, BadFlag):
         return Exit.USAGE
