@@ -632,3 +632,35 @@ def test_a_mooncake_transport_and_a_nixl_transport_are_no_pair(one: NixlTranspor
             one.connect(other.describe())
     finally:
         other.close()
+
+
+def test_an_agent_that_has_lost_itself_registers_nothing_and_says_so(installed: None) -> None:
+    """In a process of its own: its connections to itself are all that is cut."""
+    done = told(
+        """
+from tensorferry.backends._own_sockets import own_sockets
+from tensorferry.backends.nixl import NixlOptions, NixlTransport
+from tensorferry.core.errors import TransportError
+import os, socket, time
+
+one = NixlTransport(NixlOptions(workers=1))
+one.register(one.allocate(4096))
+for attempt in range(200):
+    with own_sockets() as sockets:
+        for each in sockets:
+            if not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                try:
+                    each.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue
+    try:
+        one.retire(one.register(one.allocate(4096)))
+    except TransportError as error:
+        print(error.cause)
+        break
+    time.sleep(0.05)
+one.close()
+"""
+    )
+    assert "the engine does not register 4096 bytes" in done.stdout, done.stderr
+    assert done.returncode == 0
