@@ -65,7 +65,11 @@ def main() -> int:
     reports: dict[str, Report] = {}
     for word in words:
         path = Path(word)
-        report = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():  # a run that was interrupted leaves its folder
+            print(f"{path}: not there, left out", file=sys.stderr)
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
         reports[column(report)] = report
     PAGE.write_text(page(reports), encoding="utf-8")
     return 0

@@ -75,6 +75,14 @@ def test_what_was_run_is_shown_and_what_was_not_is_never_a_pass(matrix, real: di
     assert matrix("--check")[0] == 0
 
 
+def test_a_run_that_left_no_report_is_told_and_the_others_count(matrix, real: dict, tmp_path: Path, capsys) -> None:
+    (tmp_path / "interrupted").mkdir()
+    status, page = matrix(str(tmp_path / "interrupted"), written(tmp_path / "whole", real))
+    assert status == 0
+    assert line(page, "XFR-14")[2] == "✅"
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_a_page_that_lacks_a_rule_is_out_of_step(matrix, real: dict, tmp_path: Path) -> None:
     assert matrix("--check")[0] == 1
     _, page = matrix(written(tmp_path / "a", real))
