@@ -369,7 +369,7 @@ def test_a_nixl_post_is_cut_by_where_its_bytes_lie() -> None:
         transport.post(peer, [Copy(here, 0, RemoteRegion(9, 9), 64, 100), Copy(here, 200, own, 1000, 100)])
         [job] = jobs
         start = here.memory.address
-        assert sorted(job.batches) == [
+        assert sorted(job.parts) == [
             ((-1, -1), [(start + 200, start + 1000, 100)]),
             ((-1, 1), [(start, ADDRESS + 64, 100)]),
         ]
