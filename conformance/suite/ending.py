@@ -386,5 +386,7 @@ def _again(stage: Stage, pair: Pair) -> None:
         pair.reconnect()
         return ending(stage, lambda: pair.post(b"healed"), pair) is Status.DONE
 
-    stage.expect(stage.eventually(arrives, 60), "60 s after the link was healed, no post ends DONE")
+    stage.expect(
+        stage.eventually(arrives, ENDS_WITHIN_S), f"{ENDS_WITHIN_S:g} s after the link was healed, no post ends DONE"
+    )
     pair.placed(b"healed")

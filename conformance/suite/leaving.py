@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 from tensorferry.conformance.model import NotApplicable, check
+from tensorferry.conformance.patience import FACTOR
 from tensorferry.conformance.stage import Stage, at
 from tensorferry.conformance.suite.loading import opened
 from tensorferry.core.errors import FerryError
@@ -21,6 +22,9 @@ from tensorferry.core.transport import (
     Region,
     Transport,
 )
+
+LATE_S = 5.0 * FACTOR
+"""How late what was closed may be given back."""
 
 
 def _descriptors() -> int:
@@ -49,7 +53,7 @@ def leaves_no_descriptor(stage: Stage) -> None:
     before, rounds = _descriptors(), stage.times(3, 8, 40)
     for _ in range(rounds):
         _cycle(stage)
-    stage.eventually(lambda: _descriptors() <= before, 5)
+    stage.eventually(lambda: _descriptors() <= before, LATE_S)
     more = _descriptors() - before
     stage.expect(more < rounds, f"{rounds} times open, write and close leave {more} more file descriptors open")
 
@@ -65,7 +69,7 @@ def leaves_no_thread(stage: Stage) -> None:
     known = set(threading.enumerate())
     for _ in range(rounds):
         _cycle(stage)
-    stage.eventually(lambda: tasks() <= before, 5)
+    stage.eventually(lambda: tasks() <= before, LATE_S)
     names = ", ".join(sorted({t.name for t in threading.enumerate() if t not in known})) or "of an engine"
     more = tasks() - before
     stage.expect(more < rounds, f"{rounds} times open, write and close leave {more} more threads: {names}")
@@ -85,7 +89,7 @@ def leaves_no_file(stage: Stage) -> None:
         left.append(_files() - before)
     if not all(left):
         return
-    stage.eventually(lambda: not all(new & _files() for new in left), 5)
+    stage.eventually(lambda: not all(new & _files() for new in left), LATE_S)
     remaining, used = _files(), _used()
     left = [
         {file for file in new & remaining if not any(f"{one}/".startswith(f"{file}/") for one in used)} for new in left
@@ -147,7 +151,7 @@ def gives_memory_back(stage: Stage) -> None:
         before, enough = _resident(), piece * rounds // 2
         for _ in range(rounds):
             visit()
-        stage.eventually(partial(_back, before + enough), 5)
+        stage.eventually(partial(_back, before + enough), LATE_S)
         more = _resident() - before
         stage.note(f"bytes more each time: {what}", more // rounds)
         grown = f"{rounds} times {what}, with {piece >> 20} MiB, leave {more >> 20} MiB more mapped"
@@ -221,7 +225,7 @@ def holds_sources_as_long_as_needed(stage: Stage) -> None:
     pair.done(handle)
     pair.placed(data)
     pair.done(pair.post(b"another"))
-    gone = stage.eventually(lambda: gc.collect() >= 0 and alive() is None, 5)
+    gone = stage.eventually(lambda: gc.collect() >= 0 and alive() is None, LATE_S)
     stage.expect(gone, "5 s after its handle was released, the source of a post is still held")
 
 
@@ -245,7 +249,7 @@ def leaves_nothing_of_peers(stage: Stage) -> None:
     before, threads, rounds = _descriptors(), len(os.listdir("/proc/self/task")), stage.times(5, 20, 100)
     for _ in range(rounds):
         visit()
-    stage.eventually(lambda: _descriptors() <= before, 5)
+    stage.eventually(lambda: _descriptors() <= before, LATE_S)
     more = _descriptors() - before
     stage.expect(more < rounds, f"{rounds} times connect, write and disconnect leave {more} file descriptors open")
     grown = len(os.listdir("/proc/self/task")) - threads
