@@ -21,7 +21,7 @@ from typing import Any
 
 from tensorferry.backends import _mooncake_environment as environment
 from tensorferry.backends._mooncake_environment import Unfit
-from tensorferry.backends._mooncake_sockets import cut_connections, hasten_listener
+from tensorferry.backends._mooncake_sockets import cut_connections, hasten_listener, stop_listening
 from tensorferry.backends._mooncake_wire import ask, session_name
 from tensorferry.core.errors import BadCall, PeerUnreachable, TransportError
 from tensorferry.core.memory import Memory
@@ -29,6 +29,9 @@ from tensorferry.core.memory import Memory
 log = logging.getLogger("tensorferry.backends.mooncake")
 
 OVERLAP = -7
+LAST_HANDSHAKE_S = 1.0
+"""How long the end waits for a handshake that a peer has begun."""
+
 HANDSHAKE_S = 20.0
 """For our own engine to answer us. It takes a millisecond; under an emulated processor it has taken a second."""
 
@@ -182,6 +185,10 @@ class Engine:
             return
         if not hasten_listener(self.port):
             log.debug("the engine's listener was not found: its destructor will take up to a second")
+        # It answers handshakes until after its devices are gone: a peer's at that moment ends the process (SIGFPE or
+        # SIGABRT, from RdmaContext::cq of a context that has no queue any more).
+        if self.protocol == "rdma" and not stop_listening(self.port, LAST_HANDSHAKE_S):
+            log.warning("a handshake with the engine is under way as it ends")
         self._engine = None
         _alive.discard(self)
         self._memory.clear()

@@ -1,4 +1,4 @@
-"""What the kernel knows of the engine's sockets, and three things that the engine has no call for.
+"""What the kernel knows of the engine's sockets, and four things that the engine has no call for.
 
 The engine blocks in its sockets with long time-outs: its destructor for up to a second in `accept` with the GIL held,
 a first contact for up to 60 s in `recv` with the lock that all submits need. The sockets are this process's own, so it
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def hasten_listener(port: int) -> bool:
                     socket.create_connection((host, port), timeout=0.2).close()
                     return True
     return False
+
+
+def stop_listening(port: int, patience_s: float) -> bool:
+    """Take no connection to `port` any more, and wait for the end of those that were taken. False: not in time."""
+    until = time.monotonic() + patience_s
+    while True:
+        taken = 0
+        with own_sockets() as sockets:
+            for one in sockets:
+                with suppress(OSError):
+                    if one.getsockname()[1] != port:
+                        continue
+                    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        one.shutdown(socket.SHUT_RDWR)
+                    elif one.getpeername():
+                        taken += 1
+        if not taken or time.monotonic() > until:
+            return not taken
+        time.sleep(ACCEPT_S)
 
 
 def cut_connections(host: str, port: int) -> int:

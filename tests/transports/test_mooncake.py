@@ -22,7 +22,7 @@ from tensorferry.backends import _mooncake_engine
 from tensorferry.backends import _mooncake_environment as environment
 from tensorferry.backends import mooncake as mooncake_module
 from tensorferry.backends._mooncake_jobs import cut
-from tensorferry.backends._mooncake_sockets import Aftermath, hasten_listener
+from tensorferry.backends._mooncake_sockets import Aftermath, hasten_listener, stop_listening
 from tensorferry.backends._mooncake_wire import Answer, ask, session_name
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.core.memory import Memory
@@ -429,3 +429,13 @@ def test_the_start_of_an_engine_writes_nothing_and_passes_on_what_others_write(
         os.write(2, b"E1121 09:41:10.404366 14052 transfer_metadata.cpp:1098] noise\nsomebody's words\n")
     MooncakeTransport(MooncakeOptions(**HERE)).close()
     assert capfd.readouterr().err == "somebody's words\n"
+
+
+def test_the_end_takes_no_handshake_any_more_and_waits_for_those_under_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), listener.accept()[0]:
+            assert not stop_listening(port, 0.0), "one is under way"
+        assert stop_listening(port, 30.0)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
