@@ -8,6 +8,7 @@ on their way to our memory.
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 import time
@@ -19,6 +20,9 @@ from tensorferry.backends._own_sockets import own_sockets
 ACCEPT_S = 0.002
 
 _TIMEVAL = struct.Struct("ll")
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # struct sock_filter: BPF_RET | BPF_K, 0 bytes
+_PROGRAM = struct.Struct("HP")  # struct sock_fprog
 _LISTEN, _TIME_WAIT = 0x0A, 0x06
 
 
@@ -40,8 +44,16 @@ def hasten_listener(port: int) -> bool:
 
 
 def stop_listening(port: int, patience_s: float) -> bool:
-    """Take no connection to `port` any more, and wait for the end of those that were taken. False: not in time."""
+    """Let no connection to `port` come any more, and wait up to `patience_s` seconds for the end of those that came.
+    False: not in time.
+
+    By a filter that drops what arrives, not by a shutdown: after that each accept fails at once, and the engine's
+    thread writes a line about it, again and again.
+    """
+    code = ctypes.create_string_buffer(_DROP_ALL)
+    program = _PROGRAM.pack(1, ctypes.addressof(code))
     until = time.monotonic() + patience_s
+    quiet = 0
     while True:
         taken = 0
         with own_sockets() as sockets:
@@ -50,10 +62,11 @@ def stop_listening(port: int, patience_s: float) -> bool:
                     if one.getsockname()[1] != port:
                         continue
                     if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                        one.shutdown(socket.SHUT_RDWR)
+                        one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
                     elif one.getpeername():
                         taken += 1
-        if not taken or time.monotonic() > until:
+        quiet = 0 if taken else quiet + 1
+        if quiet > 2 or time.monotonic() > until:  # looked at more than once: one may have waited to be accepted
             return not taken
         time.sleep(ACCEPT_S)
 
