@@ -10,10 +10,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from tensorferry.backends._engine_jobs import Job, Target
+from tensorferry.backends._inbox import Inbox
 from tensorferry.core.transport import Status
 
 POLL_S = 0.0005
@@ -57,7 +57,7 @@ class EngineThread(ABC, Generic[T, J]):
 
     def __init__(self, name: str, window: int, bell: Bell, log: logging.Logger) -> None:
         """`window`: most submits under way to one peer. The subclass starts `thread`."""
-        self.inbox: SimpleQueue[Any] = SimpleQueue()
+        self.inbox: Inbox[Any] = Inbox()
         """None ends a wait."""
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._bell = bell
@@ -104,7 +104,7 @@ class EngineThread(ABC, Generic[T, J]):
         try:
             while not self.stopping:
                 try:
-                    self._wait()
+                    self._take_all(self._pause())
                     self._step(time.monotonic())
                 except Exception:  # one peer's trouble must not end the thread that serves others
                     self.log.exception("%s met an error of its own", self.thread.name)
@@ -112,18 +112,10 @@ class EngineThread(ABC, Generic[T, J]):
         finally:
             self._wind_up()
 
-    def _wait(self) -> None:
-        """Until there is something to do; takes in what came."""
-        timeout = self._pause()
-        try:
-            self._take(self.inbox.get_nowait() if timeout == 0 else self.inbox.get(timeout=timeout))
-            self._take_all()
-        except Empty:
-            return
-
-    def _take_all(self) -> None:
-        while not self.inbox.empty():
-            self._take(self.inbox.get())
+    def _take_all(self, timeout: float | None = 0.0) -> None:
+        """Take in what came, or comes within `timeout` seconds."""
+        for what in self.inbox.take(timeout):
+            self._take(what)
 
     def _submit_one_each(self) -> bool:
         """One submit for each peer that has room. False: none had any."""

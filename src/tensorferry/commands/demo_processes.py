@@ -58,7 +58,7 @@ class Side:
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
             self.process.stdin.flush()
 
-    def listen(self, events: queue.SimpleQueue[tuple[Side, dict[str, Any] | None]]) -> None:
+    def listen(self, events: queue.Queue[tuple[Side, dict[str, Any] | None]]) -> None:
         """Put every event of this side into the queue, and None at its end."""
 
         def run() -> None:
@@ -109,7 +109,7 @@ class Sides:
     """The embedding side and every language side of one run."""
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[tuple[Side, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._events: queue.Queue[tuple[Side, dict[str, Any] | None]] = queue.Queue()
         self._all: list[Side] = []
 
     def start(self, plan: Plan, debug: bool) -> None:
