@@ -83,6 +83,11 @@ class Reach:
         """What carries the bytes to this peer, by all that is known so far."""
         return self.lane.path
 
+    @property
+    def way(self) -> tuple[str, str]:
+        """The transport that carries, and its path."""
+        return self.lane.transport.name, self.path
+
     def lane_of(self, name: str) -> Lane | None:
         return next((lane for lane in self.lanes if lane.transport.name == name), None)
 
@@ -144,10 +149,20 @@ class Reach:
         if lane.barred is not None:
             return lane.barred
         told = _path(lane.transport, lane.peer)
-        if told in (lane.path, lane.word):
+        if told == lane.word:
             return None
-        name, chosen, lane.path, lane.word = lane.transport.name, lane.path, told, told
-        what = f"chosen over {chosen}, and by the engine's word its bytes go over {told or 'nobody knows what'}"
+        lane.word = told
+        return self._hold(lane, told, "the engine's", require)
+
+    def hear(self, lane: Lane, told: str, require: str = "") -> PathMismatch | None:
+        """The same with what the peer says of its writes. It may know what this side's engine does not."""
+        return lane.barred if lane.barred is not None else self._hold(lane, told, "the sender's", require)
+
+    def _hold(self, lane: Lane, told: str, whose: str, require: str) -> PathMismatch | None:
+        if told == lane.path:
+            return None
+        name, chosen, lane.path = lane.transport.name, lane.path, told
+        what = f"chosen over {chosen}, and by {whose} word its bytes go over {told or 'nobody knows what'}"
         if not require or told == require:
             if preference(name, told) > preference(name, chosen):
                 log.warning("transport %s: %s", name, what)

@@ -36,6 +36,7 @@ WORD = r"\A[\x21-\x7e]*\Z"
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=PRINTABLE)]
 TransportName = Annotated[str, Meta(min_length=1, max_length=128, pattern=WORD)]
+Path = Annotated[str, Meta(max_length=32, pattern=WORD)]
 Id16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 MAX_RUNS = 4096
@@ -78,7 +79,7 @@ class Offer(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
     name: TransportName
     contract: Annotated[int, Meta(ge=0, lt=1 << 16)]
-    path: Annotated[str, Meta(max_length=32, pattern=WORD)]
+    path: Path
     descriptor: Annotated[bytes, Meta(max_length=64 * 1024)]
     regions: Annotated[bytes, Meta(max_length=_REGION.size * MAX_RUNS)]
 
@@ -180,11 +181,13 @@ class Announce(OfTransfer, frozen=True, tag="A", kw_only=True):
 
 class Done(OfTransfer, frozen=True, tag="D", kw_only=True):
     """These indices of this epoch are written, placed and drained. `runs` is packed: (first index, count); `digests`
-    holds 8 bytes for each index in the same order."""
+    holds 8 bytes for each index in the same order. `path` is what carries the sender's writes, as its engine tells by
+    now: the side that writes knows. Empty: it has not said."""
 
     epoch: U32
     runs: Annotated[bytes, Meta(max_length=_DONE_RUN.size * MAX_RUNS)]
     digests: Annotated[bytes, Meta(max_length=_DIGEST.size * MAX_RUNS)]
+    path: Path
 
 
 class Fenced(OfTransfer, frozen=True, tag="F", kw_only=True):

@@ -388,21 +388,23 @@ class Poster:
         target.reach.failures += 1
         if target.reach.failures < FALL_BACK_AFTER or not target.reach.fall_back(reason):
             return
-        carries = target.reach.lane.transport.name
+        carries, path = target.reach.way
         log.warning("%s failed %d times in a row (%s); %s carries", transport.name, FALL_BACK_AFTER, reason, carries)
-        self._do(self._machine.connected(receiver, None, via=carries))
+        self._do(self._machine.connected(receiver, None, carries, path))
 
     def _went_another_way(self, target: Target, posted: Posted) -> bool:
         """Under `require` a write that did ends its transfer, is not reported as done, and its way is used no more."""
         reach, write = target.reach, posted.part.write
-        lane = reach.lane_of(posted.transport.name)
+        lane, known = reach.lane_of(posted.transport.name), reach.way
         error = None if lane is None else reach.check(lane, self._carriers.require)
         if error is None:
+            if reach.way != known:  # the receiver is to hear it with this write's Done
+                self._do(self._machine.connected(write.receiver, None, *reach.way))
             return False
         self._do(self._machine.cancel(write.serial, error))
         self._do(self._machine.write_failed(write.write, set(posted.part.indices), error))
         left = error if reach.lane.barred is not None else None
-        self._do(self._machine.connected(write.receiver, left, via=reach.lane.transport.name))
+        self._do(self._machine.connected(write.receiver, left, *reach.way))
         return True
 
     def _digests(self, prepared: Prepared) -> dict[int, int]:

@@ -218,12 +218,14 @@ class Receiver(Endpoint):
                 self._show_path(transfer, known.reach)
 
     def _check_path(self, done: m.Done) -> None:
-        """What this side's engine says of the path, after a write by the peer and before it counts."""
+        """What both sides' engines say of the path, after a write by the peer and before it counts."""
         known, transfer = self._known.get(done.src), self._transfers.get(done.xfer)
         lane = known.reach.lane_of(transfer.transport) if known is not None and transfer is not None else None
         if known is None or transfer is None or lane is None:
             return
         error = known.reach.check(lane, self.carriers.require)
+        if error is None and done.path:
+            error = known.reach.hear(lane, done.path, self.carriers.require)
         self._show_path(transfer, known.reach)
         if error is not None:
             self._do(self.machine.cancel(done.xfer, error))

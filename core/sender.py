@@ -181,11 +181,13 @@ class SenderMachine(SenderState):
 
     # ============================================================ events from the driver: peers
 
-    def connected(self, receiver: int, error: e.FerryError | None, via: str = "") -> list[Effect]:
-        """A transport (`via`) has taken the receiver's descriptor, or all have refused. Again: another carries."""
+    def connected(self, receiver: int, error: e.FerryError | None, via: str = "", path: str = "") -> list[Effect]:
+        """A transport (`via`) has taken the receiver's descriptor, or all have refused. Again: another carries, or it
+        carries by another `path`."""
         r = self.receivers.get(receiver)
         if r is not None:
             moved, r.via = bool(r.via) and via not in ("", r.via), via or r.via
+            r.path = path
             r.usable = error is None
             r.problem = None if error is None else (error.code, error.cause[:1000])
             r.generations = m.unpack_generations(r.hello.generations)

@@ -112,6 +112,7 @@ class Receiver:
     problem: tuple[str, str] | None = None  # (code, cause): the transport cannot reach it, so that no room is served
     generations: list[int] = field(default_factory=list)
     via: str = ""  # the transport that carries to it
+    path: str = ""  # by which way, as its engine tells
 
 
 class SenderState:
@@ -205,7 +206,7 @@ class SenderState:
             part = indices[k : k + m.MAX_RUNS]
             self._send(b.route, m.Done(
                 src=self.inc, dst=b.receiver, xfer=b.xfer, epoch=b.epoch, runs=m.pack_done(runs_of(part)),
-                digests=m.pack_digests(digests[i] for i in part),
+                digests=m.pack_digests(digests[i] for i in part), path=self.receivers[b.receiver].path,
             ))  # fmt: skip
 
     def _send_trouble(self, b: Binding) -> None:
@@ -247,7 +248,7 @@ class SenderState:
             ),
             tuple(
                 (inc, r.route, r.name, r.hello, r.min_live, r.closed.ranges(), tuple(sorted(r.revoked.items())),
-                 r.usable, r.gone, r.problem, r.via)
+                 r.usable, r.gone, r.problem, r.via, r.path)
                 for inc, r in sorted(self.receivers.items())
             ),
             tuple(sorted(self.newest.items())),
@@ -283,10 +284,12 @@ class SenderState:
             if rival is not None:
                 self.contested.add(id_)
         self.receivers = {}
-        for inc, route, name, hello, min_live, closed, revoked, usable, gone, problem, via in receivers:
-            r = Receiver(route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone, problem, via=via)
-            r.generations = m.unpack_generations(hello.generations)
-            self.receivers[inc] = r
+        for inc, route, name, hello, min_live, closed, revoked, usable, gone, problem, via, path in receivers:
+            generations = m.unpack_generations(hello.generations)
+            self.receivers[inc] = Receiver(
+                route, name, hello, min_live, Ranges(closed), dict(revoked), usable, gone, problem, generations, via,
+                path,
+            )  # fmt: skip
         self.newest, self.rooms, self.orphans = dict(newest), dict(rooms), set(orphans)
         self.writes = {key: Write(a, b, c, d, set(outstanding)) for key, a, b, c, d, outstanding in writes}
         self.given_up = {room: e.from_code(code, "restored") for room, code in given_up}

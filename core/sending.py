@@ -270,7 +270,7 @@ class Sender(Endpoint):
     def _meet(self, hello: m.Hello) -> None:
         """A receiver's incarnation, or its regions, are new."""
         error: FerryError | None = None
-        via = ""
+        way = ("", "")
         try:
             geometry = Geometry(hello.block_size, hello.pool_blocks, hello.slabs)
             generations = m.unpack_generations(hello.generations)
@@ -279,14 +279,14 @@ class Sender(Endpoint):
             before = self._poster.targets.get(hello.src)
             reach = self.carriers.reach(hello, hello.name, before.reach if before else None)
             self._poster.targets[hello.src] = Target(reach, geometry, generations)
-            via = reach.lane.transport.name
+            way = reach.way
             if before is None:
                 log.info("receiver %s is reached by %s", hello.name, "; ".join(map(str, reach.verdicts)))
         except FerryError as problem:
             log.warning("receiver %s cannot be used: %s", hello.name, problem)
             self.machine.refused = str(problem)
             error = problem
-        self._do(self.machine.connected(hello.src, error, via))
+        self._do(self.machine.connected(hello.src, error, *way))
 
     def _progress(self) -> bool:
         for serial, source in list(self._arriving.items()):
@@ -329,7 +329,7 @@ class Sender(Endpoint):
             if target.reach.fallen:
                 keys.add(("fallen", receiver))
                 if watches.age(("fallen", receiver), now) > PREFER_AGAIN_SECONDS and target.reach.prefer_again():
-                    self._do(machine.connected(receiver, None, via=target.reach.lane.transport.name))
+                    self._do(machine.connected(receiver, None, *target.reach.way))
         for receiver in self._poster.targets.keys() - machine.receivers.keys():  # forgotten to make room for others
             self._poster.targets.pop(receiver).reach.disconnect()
         for receiver in self._heard.keys() - machine.receivers.keys():

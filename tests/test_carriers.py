@@ -453,6 +453,31 @@ def test_an_engine_that_went_another_way_is_a_warning_once_and_the_verdict_says_
     assert caplog.text.count("chosen over rdma") == 1
 
 
+def test_the_peers_word_on_its_writes_counts_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    engine, _, carriers = two_ways()
+    said = hello(*BOTH)
+    reach = carriers.reach(said, "peer")
+    for _ in range(3):
+        assert reach.hear(reach.lane, "tcp") is None
+        assert reach.check(reach.lane) is None  # this side's engine sees nothing of it, and has said nothing new
+    assert (reach.lane.transport, reach.way) == (engine, ("mooncake", "tcp"))
+    assert reasons(reach)["mooncake"] == "chosen over rdma, and by the sender's word its bytes go over tcp"
+    assert caplog.text.count("chosen over rdma") == 1
+
+
+@pytest.mark.parametrize("told", ["tcp", "memcpy"])
+def test_where_a_path_is_required_the_peers_word_is_held_against_it(told: str) -> None:
+    _, other, carriers = two_ways("rdma")
+    reach = carriers.reach(hello(*BOTH), "peer")
+    strayed = reach.lane
+    assert reach.hear(strayed, "rdma", carriers.require) is None
+    error = reach.hear(strayed, told, carriers.require)
+    assert isinstance(error, PathMismatch)
+    assert f"by the sender's word its bytes go over {told}" in error.cause
+    assert reach.lane.transport is other
+    assert reach.hear(strayed, "rdma", carriers.require) is error  # it is used no more
+
+
 def test_an_engine_that_went_a_better_way_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     engine = Named("mooncake", "tcp")
     reach = Carriers(engine).reach(hello(("mooncake", "tcp")), "peer")

@@ -531,7 +531,7 @@ def test_defect_23_a_late_message_revives_a_room_or_turns_a_failure_into_a_succe
             *said(ferry, m.Announce), *said(ferry, m.Done), m.Commit(**common),
             m.Refused(**common, code="config", cause=""),
             m.Abort(**common, code="cancelled", cause=""), m.Trouble(**common, epoch=1, code="transport", cause=""),
-            m.Done(**common, epoch=1, runs=m.pack_done([(0, 4)]), digests=m.pack_digests(range(4))),
+            m.Done(**common, epoch=1, runs=m.pack_done([(0, 4)]), digests=m.pack_digests(range(4)), path=""),
         ]  # fmt: skip
         for again in range(4):
             for message in late:

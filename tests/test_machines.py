@@ -183,7 +183,8 @@ def test_a_bump_starts_an_epoch_and_nothing_of_the_old_one_counts() -> None:
     t = ferry.receiver.transfers[xfer]
     before = t.epoch
     late = list(ferry.writes)
-    old = m.Done(src=1000, dst=10, xfer=xfer, epoch=t.epoch, runs=m.pack_done([(0, 2)]), digests=m.pack_digests([0, 1]))
+    old = m.Done(src=1000, dst=10, xfer=xfer, epoch=t.epoch, runs=m.pack_done([(0, 2)]),
+                 digests=m.pack_digests([0, 1]), path="")  # fmt: skip
     ferry.carry_out("rank0", ferry.receiver.suspect(xfer, e.TransportError("suspicion")))
     assert t.epoch == before + 1
     assert len(ferry.receiver.pool.quarantined) == 2

@@ -54,7 +54,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "ranks": st.integers(1, 4096),
     "aux": st.binary(min_size=128, max_size=128),
     "integrity": st.text(max_size=16).filter(lambda text: text.isascii()),
-    "via": WORD,
+    **dict.fromkeys(("via", "path"), WORD),
 }
 
 
@@ -108,7 +108,8 @@ def test_the_longest_messages_fit_a_frame() -> None:
     assert decode(encode(hello)) == hello
     grant = m.Grant(src=1, dst=2, min_live=3, xfer=4, epoch=5, prefix=6, runs=bytes(16 * m.MAX_RUNS))
     assert decode(encode(grant)) == grant
-    done = m.Done(src=1, dst=2, xfer=4, epoch=5, runs=bytes(8 * m.MAX_RUNS), digests=bytes(8 * m.MAX_RUNS))
+    done = m.Done(src=1, dst=2, xfer=4, epoch=5, runs=bytes(8 * m.MAX_RUNS), digests=bytes(8 * m.MAX_RUNS),
+                  path="p" * 32)  # fmt: skip
     assert decode(encode(done)) == done
 
 
@@ -159,6 +160,9 @@ def test_what_people_read_holds_no_control_characters(bad: str) -> None:
     )  # fmt: skip
     assert decode(encode(announce)) == announce
     assert reason(encode(replace(announce, via=bad))) == "content"
+    done = m.Done(src=1, dst=2, xfer=3, epoch=1, runs=b"", digests=b"", path="")
+    assert decode(encode(done)) == done
+    assert reason(encode(replace(done, path=bad))) == "content"
 
 
 def test_what_a_peer_says_of_its_end_is_shown_without_control_characters() -> None:

@@ -284,6 +284,15 @@ def test_the_receivers_own_requirement_is_held_against_its_own_engine() -> None:
             receiver.receive(1, sender.address).wait(PATIENCE)
 
 
+def test_the_receivers_requirement_is_held_against_what_the_senders_engine_says() -> None:
+    engine, unaware = Strays(), Strays()
+    with tf_ends(engine, unaware) as (sender, receiver):
+        engine.after = 0
+        sender.send(1, **rows(TOKENS, layout=SMALL))
+        with pytest.raises(errors.PathMismatch, match=r"rdma is required.*by the sender's word its bytes go over tcp"):
+            receiver.receive(1, sender.address).wait(PATIENCE)
+
+
 @contextmanager
 def tf_ends(ours: Transport, theirs: Transport) -> Iterator[tuple[sending.Sender, receiving.Receiver]]:
     """Only the receiver requires RDMA; its engine strays after the two have met."""
@@ -304,11 +313,12 @@ def test_otherwise_it_is_one_warning_and_the_transfer_says_what_carried(caplog: 
         sent, received = sides.carry()
         assert (sent.transport, sent.path, received.path) == ("memory", "rdma", "rdma")
         engine.after = 0
-        sent, _ = sides.carry(2)
+        sent, received = sides.carry(2)
         sides.carry(3)
-        assert sent.path == "tcp"
+        assert (sent.path, received.path) == ("tcp", "tcp")
         assert "chosen over rdma, and by the engine's word its bytes go over tcp" in sent.verdicts[0].reason
-    assert caplog.text.count("chosen over rdma") == 1
+        assert "chosen over rdma, and by the sender's word its bytes go over tcp" in received.verdicts[0].reason
+    assert caplog.text.count("chosen over rdma") == 2  # once on each side
 
 
 # ---- staging under writes whose outcome nobody knows ----------------------------------------------------------

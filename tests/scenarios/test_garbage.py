@@ -69,8 +69,8 @@ def absurd_messages(to: int) -> list[m.Message]:
         m.Verdict(src=HUGE, dst=to, xfer=1, run=True, code="", cause=""),
         m.Announce(src=HUGE, dst=to, xfer=1, total=(1 << 48) - 1, content_id=bytes(16), present=most, aux=bytes(128),
                    integrity="nothing", ready=0, via="x"),
-        m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, most)]), digests=b""),
-        m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, 1)]), digests=b"12345678"),
+        m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, most)]), digests=b"", path=""),
+        m.Done(src=HUGE, dst=to, xfer=1, epoch=1, runs=m.pack_done([(0, 1)]), digests=b"12345678", path="x"),
         m.Fenced(src=HUGE, dst=to, xfer=1, upto=most), m.Commit(src=HUGE, dst=to, xfer=1),
         m.Abort(src=HUGE, dst=to, xfer=1, code="", cause=""),
     ]  # fmt: skip

@@ -132,7 +132,7 @@ class Tape:
                 if to in self.machines and not self.lose(to, message):
                     self.mail.append((name, to, message))
             case fx.Connect(route, hello) if name == "sender":
-                self.event(name, "connected", receiver=hello.src, via="golden")
+                self.event(name, "connected", receiver=hello.src, via="golden", path="memcpy")
             case fx.Connect(route, _):
                 self.event(name, "connected", peer=route)
             case fx.PostWrite():

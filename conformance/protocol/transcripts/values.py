@@ -126,7 +126,7 @@ def _to_sender(s: SenderMachine, event: str, given: Json) -> list[fx.Effect]:
         case "cancel" if error is not None:
             return s.cancel(given["offer"], error)
         case "connected":
-            return s.connected(given["receiver"], error, given["via"])
+            return s.connected(given["receiver"], error, given["via"], given["path"])
         case "write_done":
             digests = {int(index): int(value, 16) for index, value in given["digests"].items()}
             return s.write_done(write, digests)
