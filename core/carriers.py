@@ -66,6 +66,8 @@ class Reach:
 
     lanes: list[Lane]
     verdicts: list[Verdict]
+    watched: list[Lane] = field(default_factory=list)
+    """Lanes that there were once. None carries any more; what was written by them may be under way."""
     blind: tuple[str, ...] = ()
     """Transports that could not be connected although both sides have them: whether the peer can use them is unknown,
     so nothing that they cannot rule out counts as proved."""
@@ -89,17 +91,21 @@ class Reach:
         return self.lane.transport.name, self.path
 
     def lane_of(self, name: str) -> Lane | None:
-        return next((lane for lane in self.lanes if lane.transport.name == name), None)
+        return next((lane for lane in self.ever if lane.transport.name == name), None)
+
+    @property
+    def ever(self) -> list[Lane]:
+        return [*self.lanes, *self.watched]
 
     @property
     def ended(self) -> bool:
         """Some transport proves that the peer's process has ended, or that it closed."""
-        return any(lane.state is PeerState.GONE for lane in self.lanes)
+        return any(lane.state is PeerState.GONE for lane in self.ever)
 
     @property
     def quiet(self) -> bool:
         """Every way by which the peer could write to us is proved to have ended (F4)."""
-        return not self.blind and all(lane.state is PeerState.GONE for lane in self.lanes)
+        return not self.blind and all(lane.state is PeerState.GONE for lane in self.ever)
 
     def fall_back(self, reason: str) -> bool:
         """Put the lane in use last: the next one carries from now on. False where there is no other."""
@@ -174,7 +180,7 @@ class Reach:
         return lane.barred
 
     def disconnect(self) -> None:
-        for lane in self.lanes:
+        for lane in self.ever:
             lane.transport.disconnect(lane.peer)
 
 
@@ -199,6 +205,8 @@ class Carriers:
         self.rejected: list[Verdict] = list(passed_over)
         """Those that are there and are not used, with the reason."""
         self._all = list(given)
+        self._withdrawn: list[Transport] = []  # used no more, and open: peers were told of them
+        self._told = False
         fit = [t for t in given if not require or t.path() == require]
         self.rejected += [
             Verdict(t.name, t.path(), False, f"{require} is required, and its path is {t.path()}")
@@ -266,12 +274,12 @@ class Carriers:
         return regions
 
     def retire(self, regions: Regions) -> None:
-        for transport in self.transports:
+        for transport in [*self.transports, *self._withdrawn]:
             if transport.name in regions:
                 transport.retire(regions[transport.name])
 
     def flush(self, regions: Regions) -> None:
-        for transport in self.transports:
+        for transport in [*self.transports, *self._withdrawn]:
             if transport.capabilities.needs_flush and transport.name in regions:
                 transport.flush(regions[transport.name])
 
@@ -283,6 +291,7 @@ class Carriers:
     def offers(self, slabs: Iterable[Regions] = ()) -> tuple[m.Offer, ...]:
         """What Hello says: each transport with its descriptor and its name for every slab."""
         held = list(slabs)
+        self._told = True
         return tuple(
             m.Offer(
                 t.name,
@@ -376,7 +385,15 @@ class Carriers:
             if first is not None and not first.reason.startswith(("first choice", "chosen over")):
                 seen[seen.index(first)] = replace(first, reason=f"first choice of what is left: over {first.path}")
         seen += [v for v in self.rejected if v.name not in offered]
-        return Reach(lanes, seen, tuple(blind)), problems
+        carrying = [lane.transport.name for lane in lanes]
+        watched = [lane for lane in before.ever if lane.transport.name not in carrying] if before is not None else []
+        return Reach(lanes, seen, watched, tuple(blind)), problems
+
+    def verdicts(self, reach: Reach) -> tuple[Verdict, ...]:
+        """The reach's, with what has become of this side's transports since."""
+        gone = {t.name for t in self._withdrawn}
+        kept = [v for v in reach.verdicts if v.name not in gone]
+        return (*kept, *(v for v in self.rejected if v.name in gone)) if gone else tuple(kept)
 
     def _no_way(self, seen: list[Verdict], hello: m.Hello, who: str, problems: Sequence[FerryError] = ()) -> FerryError:
         ours, theirs = [t.name for t in self.transports], [offer.name for offer in hello.offers]
@@ -401,13 +418,17 @@ class Carriers:
         close_all(self._all)
 
     def reject(self, transport: Transport, reason: str) -> None:
-        """Use it no more, and close it: the endpoint has others."""
-        log.warning("transport %s is not used: %s", transport.name, reason)
+        """Use it no more: the endpoint has others. Where peers were told of it, it is closed with the endpoint: they
+        would take its end for that of this process, and their writes by it for over."""
+        log.warning("transport %s is not used%s: %s", transport.name, " any more" if self._told else "", reason)
         self.transports.remove(transport)
         if transport is getattr(self, "_allocator", None):  # what it allocated stays; the next slab is another's
             self._allocator = self.transports[0]
         self.rejected.append(Verdict(transport.name, transport.path(), False, reason))
-        transport.close()
+        if self._told:
+            self._withdrawn.append(transport)
+        else:
+            transport.close()
 
 
 def close_all(transports: Iterable[Transport]) -> None:

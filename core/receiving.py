@@ -233,7 +233,7 @@ class Receiver(Endpoint):
     def _show_path(self, transfer: ReceiveTransfer, reach: Reach) -> None:
         lane = reach.lane_of(transfer.transport)
         transfer.path = lane.path if lane is not None else ""
-        transfer.verdicts = tuple(reach.verdicts)
+        transfer.verdicts = self.carriers.verdicts(reach)
 
     def _carry_out(self, effect: fx.Effect) -> None:
         match effect:

@@ -182,6 +182,38 @@ def test_a_transport_that_cannot_register_the_pool_is_not_used_and_the_others_go
     assert weak.closed == 1
 
 
+def test_a_transport_that_peers_were_told_of_is_used_no_more_and_stays_open_until_the_end() -> None:
+    """Its end would be that of this process to them, and what they write by it is still to come."""
+    weak, strong = Named("weak", "rdma"), Named("strong", "memcpy")
+    weak.capabilities = replaced(PlainTransport.capabilities, needs_flush=True)  # type: ignore[misc]
+    flushed: list[Region] = []
+    weak.flush = flushed.append  # type: ignore[method-assign, assignment]
+    carriers = Carriers([weak, strong])
+    slab = carriers.register(carriers.allocate(64))
+    carriers.offers([slab])
+    reach = carriers.reach(hello(("weak", "rdma"), ("strong", "memcpy")), "peer")
+    weak.refuse_memory = True
+    assert list(carriers.register(carriers.allocate(64))) == ["strong"]
+    assert [offer.name for offer in carriers.offers()] == ["strong"]
+    assert weak.closed == 0
+
+    again = carriers.reach(hello(("weak", "rdma"), ("strong", "memcpy")), "peer", reach)
+    assert (lanes(again), [lane.transport for lane in again.watched]) == (["strong"], [weak])
+    assert reasons(again)["weak"].startswith("the peer has it, and here: it could not register the pool")
+    strong.states["peer"] = PeerState.GONE
+    assert again.ended
+    assert not again.quiet  # as long as the peer may still write by the other
+    weak.states["peer"] = PeerState.GONE
+    assert again.quiet
+    carriers.flush(slab)
+    carriers.retire(slab)
+    assert (flushed, weak.retired) == ([slab["weak"]], [slab["weak"]])
+    again.disconnect()
+    assert weak.peers == strong.peers == []
+    carriers.close()
+    assert weak.closed == 1
+
+
 def test_the_only_transports_refusal_is_the_callers() -> None:
     alone = Named("alone")
     alone.refuse_memory = True

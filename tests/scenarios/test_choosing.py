@@ -17,6 +17,7 @@ from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.conformance.faults import FaultProxy
 from tensorferry.core import asking, errors, receiving, sender, sending
+from tensorferry.core.carriers import Reach
 from tensorferry.core.posting import FALL_BACK_AFTER, MOST_POSTS
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import PeerState, Transport
@@ -190,23 +191,55 @@ def test_options_without_a_name_are_refused() -> None:
         tf.Sender(SMALL, options={"prefault": False})
 
 
+def replace_slabs(sides: Sides) -> None:
+    machine = sides.receiver.machine
+
+    def replace() -> None:
+        for slab in range(machine.pool.slabs):
+            machine.pool.retire(slab)
+        sides.receiver._do(machine._step())
+
+    sides.receiver._call(replace)
+
+
 def test_slabs_that_were_replaced_are_known_by_every_transport() -> None:
     with Sides([shm(), memory()], [shm(), memory()]) as sides:
         sides.carry()
-
-        def replace() -> None:
-            machine = sides.receiver.machine
-            for slab in range(machine.pool.slabs):
-                machine.pool.retire(slab)
-            sides.receiver._do(machine._step())
-
-        sides.receiver._call(replace)
+        replace_slabs(sides)
         sides.carry(2)
         target = next(iter(sides.sender._poster.targets.values()))
         target.reach.fall_back("a test")
         _, received = sides.carry(3)
         assert received.transport in ("shm", "memory")
         assert [lane.transport.name for lane in target.reach.lanes] == ["memory", "shm"]
+
+
+def test_a_transport_that_cannot_register_fresh_memory_gives_way_in_the_middle_of_a_transfer() -> None:
+    """And its end is not taken for the receiver's."""
+    bad, weak = faulty(), shm()
+    script(bad, lambda n: WRITE if n < 2 else HOLD)
+    with Sides([bad, memory()], [weak, memory()]) as sides:
+        given = rows(TOKENS, layout=SMALL)
+        sent, received = sides.sender.send(1, **given), sides.receiver.receive(1, sides.sender.address)
+        eventually(lambda: bad.posts > 2)
+
+        def refuse(*memory: Any) -> Any:
+            raise errors.TransportError("locked memory is limited")
+
+        weak.register = refuse  # type: ignore[method-assign]
+        replace_slabs(sides)
+        eventually(lambda: [t.name for t in sides.receiver.carriers.transports] == ["memory"])
+
+        def reach() -> Reach:
+            return next(iter(sides.sender._poster.targets.values())).reach
+
+        eventually(lambda: [lane.transport.name for lane in reach().watched] == ["shm"])
+        assert not reach().ended
+        eventually(lambda: let_go(sides.sender) or received.done)
+        assert_same(received.result(PATIENCE), given)
+        sent.wait(PATIENCE)
+        assert (sent.transport, received.transport) == ("memory", "memory")
+        assert "locked memory is limited" in {v.name: v.reason for v in sent.verdicts + received.verdicts}["shm"]
 
 
 def test_a_sender_tells_whoever_asks_what_it_has_and_keeps_nothing() -> None:
