@@ -265,7 +265,7 @@ class SenderMachine(SenderState):
         match message:
             case m.Ping():
                 self._send(route, m.Pong(src=self.inc, dst=message.src))
-            case m.ToSender() if r.gone or self.newest.get(r.name, 0) > message.src:
+            case m.ToSender() if self._is_late(r):
                 self._on_late(r, message)
             case m.ToSender():
                 self._raise_min_live(r, message.min_live)
@@ -325,6 +325,9 @@ class SenderMachine(SenderState):
         ):
             return "a receiver declares an impossible pool"
         return ""
+
+    def _is_late(self, r: Receiver) -> bool:
+        return r.gone or self.newest.get(r.name, 0) > r.hello.src
 
     def _on_late(self, r: Receiver, message: m.ToSender) -> None:
         """From an incarnation that is gone or has a successor: nothing begins for it (ID-2), its ends are answered."""
@@ -398,7 +401,7 @@ class SenderMachine(SenderState):
         if slot is not None and o.rank in slot.bindings:
             taken = slot.bindings[o.rank]
             if taken.receiver != o.src and taken.closed is None:
-                slot.rival = (r.route, *key)  # a second live one, or the successor of a dead one: its life decides
+                slot.rival = o  # a second live one, or the successor of a dead one: the first one's life decides
                 self.contested.add(slot.id)
                 self._ping(taken.receiver)
             return  # else the next use of the room: this one is still ending, and Open is sent again
@@ -440,9 +443,10 @@ class SenderMachine(SenderState):
                 self.contested.discard(slot_id)
             elif any(b.receiver == receiver for b in slot.bindings.values()):
                 self.contested.discard(slot_id)
-                route, inc, xfer = slot.rival
-                slot.rival = None
-                self._refuse(route, (inc, xfer), e.RoomInUse(f"another receiver has room {slot.room} open"))
+                rival, slot.rival = slot.rival, None
+                if (r := self.receivers.get(rival.src)) is not None:
+                    taken = e.RoomInUse(f"another receiver has room {slot.room} open")
+                    self._refuse(r.route, (rival.src, rival.xfer), taken)
 
     def _announce(self, slot: Slot) -> None:
         for rank in list(slot.bindings):
@@ -656,7 +660,9 @@ class SenderMachine(SenderState):
             r.closed.add(b.xfer)
 
     def _unbind(self, slot: Slot, receiver: int, error: e.FerryError) -> None:
-        """A receiver is lost. What it had not finished may be opened again by its successor, unless a group decided."""
+        """A receiver is lost. What it had not finished may be opened again by its successor, unless a group decided: by
+        the one that has opened it already, at once, for its next Open may come too late."""
+        rival, slot.rival = slot.rival, None
         for rank, b in list(slot.bindings.items()):
             if b.receiver != receiver:
                 continue
@@ -670,7 +676,9 @@ class SenderMachine(SenderState):
                 del slot.bindings[rank]
         if not slot.bindings:
             slot.ranks, slot.admitted, slot.lost = 0, False, error.cause
-        slot.rival = None
+            r = self.receivers.get(rival.src) if rival is not None else None
+            if rival is not None and r is not None and not self._is_late(r):
+                self._on_transfer_message(r, rival)  # it may be over meanwhile
         slot.touched += 1
 
     def abandon(self, receiver: int) -> list[Effect]:

@@ -77,7 +77,7 @@ class Slot:
     admitted: bool = False  # rank 0 has its destination
     decision: str | None = None  # "commit" or "abort", sticky (TP-4)
     abort: tuple[str, str] = ("", "")
-    rival: tuple[str, int, int] | None = None  # (route, incarnation, xfer) that opened a rank which is taken
+    rival: m.Open | None = None  # of another receiver, for a rank which is taken
     touched: int = 0
     lost: str | None = None  # not protocol state: why nobody has the room open any more
 

@@ -941,6 +941,33 @@ def test_the_successor_of_a_dead_receiver_gets_the_room() -> None:
     assert rows(ferry, second, "other") == whole(serial, 2)
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_successor_that_waits_when_the_loss_is_known_is_let_in_without_a_word_more(waits: bool) -> None:
+    ferry = met(pool=2, window=2, optimistic=False)
+    ferry.add_receiver("other", 50)
+    serial = ferry.send(1, 2, ready=0)
+    ferry.receive(1)
+    ferry.deliver()
+    dead = ferry.receivers.pop("rank0")
+    ferry.drop = lambda to, message: to == "rank0"
+    second = ferry.receive(1, "other")
+    ferry.deliver()
+    if not waits:
+        ferry.carry_out("other", ferry.receivers["other"].cancel(second, e.Cancelled("enough")))
+        ferry.deliver()
+    ferry.drop = lambda to, message: to == "rank0" or isinstance(message, m.Open)
+    ferry.carry_out("sender", ferry.sender.receiver_lost(dead.inc, e.PeerLost("silence"), gone=True))
+    slot = next(iter(ferry.sender.slots.values()))
+    assert [b.receiver for b in slot.bindings.values()] == ([50] if waits else [])
+    assert slot.rival is None
+    if waits:
+        ferry.carry_out("sender", ferry.sender.extend(serial, 2))
+        finish(ferry)
+        assert ferry.ended["other", second] is ferry.ended["sender", serial] is None
+    else:
+        assert ("sender", serial) not in ferry.ended  # whoever comes next may have it
+
+
 def test_a_room_given_up_before_its_offer_fails_the_offer_once() -> None:
     """Defect 7's other half: an offer that comes after the receiver has cancelled learns it at once."""
     ferry = met(pool=2)

@@ -504,8 +504,9 @@ def test_what_is_left_of_a_lost_sender_does_not_spoil_its_successor(kind: str, m
 def test_a_restarted_receiver_gets_the_room_from_the_beginning(kind: str) -> None:
     with Quay(kind, **ROUNDS, **QUICK) as quay:
         sending, _, given = between_rounds(quay)
+        successor = quay.add_receiver()  # an engine's start takes longer than the sender waits for one
         quay.crash(quay.receiver)
-        quay.receivers[0] = quay.add_receiver()
+        quay.receivers[0] = successor
         receiving = quay.receive(1)
         eventually(lambda: receiving.sent_tokens == 320)
         sending.put(320, **part(given, 320, TOKENS))
