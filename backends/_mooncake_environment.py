@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.machinery import PathFinder
 
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
 from tensorferry.backends._variables import left_as_found
@@ -215,8 +216,10 @@ def check_installed() -> str:
     version = installed_version()
     if not version:
         raise Unfit("the Mooncake transfer engine is not installed", INSTALL)
-    if importlib.util.find_spec("mooncake") is None:
-        raise Unfit(f"Mooncake {version} is installed by halves: its package is not there", reinstall())
+    package = importlib.util.find_spec("mooncake")
+    if package is None or not PathFinder.find_spec("mooncake.engine", package.submodule_search_locations):
+        lacks = "package" if package is None else "engine"
+        raise Unfit(f"Mooncake {version} is installed by halves: its {lacks} is not there", reinstall())
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < MINIMUM:
         least = ".".join(map(str, MINIMUM))
         raise Unfit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import msgspec
@@ -189,6 +191,26 @@ def test_an_engine_from_before_the_security_fixes_is_refused(
     assert probe.readiness is Readiness.UNAVAILABLE
     assert version in probe.reason
     assert "0.3.13" in probe.reason
+
+
+@pytest.mark.parametrize("lacks", ["package", "engine"])
+def test_half_an_installation_is_seen_before_the_engine_is_asked_for(
+    installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacks: str
+) -> None:
+    found = importlib.util.find_spec
+
+    def find(name: str) -> ModuleSpec | None:
+        if name != "mooncake":
+            return found(name)
+        hollow = ModuleSpec(name, None, is_package=True)
+        hollow.submodule_search_locations = [str(tmp_path)]
+        return hollow if lacks == "engine" else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    probe = MooncakeTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert f"installed by halves: its {lacks} is not there" in probe.reason
+    assert "--force-reinstall" in probe.hint
 
 
 @pytest.mark.parametrize(("library", "package"), environment.LIBRARIES.items())
