@@ -13,9 +13,8 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from pathlib import Path
 
-from tensorferry.backends._own_sockets import own_sockets
+from tensorferry.backends._own_sockets import connections, own_sockets
 
 ACCEPT_S = 0.002
 
@@ -31,7 +30,7 @@ def hasten_listener(port: int) -> bool:
 
     The time-out of an accept that waits already does not change: a connection of no content ends that one.
     """
-    with own_sockets() as sockets:
+    with suppress(OSError), own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
                 if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and one.getsockname()[1] == port:
@@ -55,8 +54,8 @@ def stop_listening(port: int, patience_s: float) -> bool:
     until = time.monotonic() + patience_s
     quiet = 0
     while True:
-        taken = 0
-        with own_sockets() as sockets:
+        taken, seen = 0, False
+        with suppress(OSError), own_sockets() as sockets:
             for one in sockets:
                 with suppress(OSError):
                     if one.getsockname()[1] != port:
@@ -65,9 +64,10 @@ def stop_listening(port: int, patience_s: float) -> bool:
                         one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
                     elif one.getpeername():
                         taken += 1
-        quiet = 0 if taken else quiet + 1
+            seen = True
+        quiet = quiet + 1 if seen and not taken else 0
         if quiet > 2 or time.monotonic() > until:  # looked at more than once: one may have waited to be accepted
-            return not taken
+            return quiet > 0
         time.sleep(ACCEPT_S)
 
 
@@ -78,7 +78,7 @@ def cut_connections(host: str, port: int) -> int:
     except OSError:
         return 0
     count = 0
-    with own_sockets() as sockets:
+    with suppress(OSError), own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
                 name = one.getpeername()
@@ -95,15 +95,9 @@ End = tuple[str, str]
 def _connections() -> dict[End, tuple[int, int, int]]:
     """Every TCP connection of this network namespace: (state, bytes not acknowledged, bytes not read)."""
     found: dict[End, tuple[int, int, int]] = {}
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            _, local, remote, state, queues, *_ = line.split()
-            sent, _, unread = queues.partition(":")
-            found[_plain(local), _plain(remote)] = (int(state, 16), int(sent, 16), int(unread, 16))
+    for _, local, remote, state, queues, *_ in connections():
+        sent, _, unread = queues.partition(":")
+        found[_plain(local), _plain(remote)] = (int(state, 16), int(sent, 16), int(unread, 16))
     return found
 
 
@@ -128,7 +122,14 @@ class Aftermath:
         self._waiting: set[End] | None = None
 
     def settled(self) -> bool:
-        """True: every byte of the dead one that can land has landed. Never True again False."""
+        """True: every byte of the dead one that can land has landed. Never True again False. What cannot be looked at,
+        for want of a file descriptor above all, is not proved."""
+        try:
+            return self._look()
+        except OSError:
+            return False
+
+    def _look(self) -> bool:
         before = _connections()
         ours = {end for end, (state, _, _) in before.items()
                 if end[0].endswith(self._port) and state not in (_LISTEN, _TIME_WAIT)}  # fmt: skip

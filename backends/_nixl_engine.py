@@ -22,7 +22,7 @@ from typing import Any
 from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
-from tensorferry.backends._nixl_environment import RDMA, TCP
+from tensorferry.backends._nixl_environment import RDMA, TCP, Unfit
 from tensorferry.backends._nixl_sockets import cut_connections, event_sets, listening_ports
 from tensorferry.backends._rdma import rdma_ports
 from tensorferry.core.errors import TransportError
@@ -99,6 +99,17 @@ def _preload(file: str, mode: int) -> None:
         log.debug("not there: %s", error)
 
 
+def _sockets() -> tuple[set[int], set[int]]:
+    """What this process listens on, and its epoll descriptors. Raises Unfit: without the engine's own, nothing can be
+    proved of what a dead peer has sent."""
+    try:
+        return listening_ports(), event_sets()
+    except OSError as error:
+        raise Unfit(
+            f"the process cannot look at its own sockets: {error}", "`ulimit -n` bounds its open files; /proc is needed"
+        ) from error
+
+
 class Agent:
     """One agent of this process. Any thread may call `start`, `look`, `learn` and `forget`; `close` comes last."""
 
@@ -120,13 +131,13 @@ class Agent:
         if backend == "UCX" and require in (RDMA, TCP):
             parameters["engine_config"] = ("TLS=ib" if require == RDMA else "TLS=tcp") + (",cuda_copy" if cuda else "")
         with _creating:
-            ports, sets = listening_ports(), event_sets()
+            ports, sets = _sockets()
             try:
                 self._backend = self._agent.createBackend(backend, parameters)
             except Exception as error:
                 raise explain_backend(backend, require, error) from error
-            self.ports = sorted(listening_ports() - ports)
-            self._sets = event_sets() - sets
+            ports_now, sets_now = _sockets()
+            self.ports, self._sets = sorted(ports_now - ports), sets_now - sets
         self._memory: dict[int, tuple[Memory, Any]] = {}
         self._door = Mapping(DOORSTEP_BYTES)
         self.doorstep = self._door.address

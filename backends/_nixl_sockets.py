@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ifaddr
 
-from tensorferry.backends._own_sockets import own_sockets
+from tensorferry.backends._own_sockets import connections, own_sockets
 
 _ESTABLISHED = 0x01
 
@@ -50,7 +50,7 @@ def cut_connections(ports: Collection[int], sets: Collection[int]) -> None:
     own = _inodes(sets)
     if not own or not ports:
         return
-    with own_sockets() as sockets:
+    with suppress(OSError), own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
                 if os.fstat(one.fileno()).st_ino in own and one.getpeername()[1] in ports:
@@ -79,7 +79,14 @@ class Aftermath:
         self._theirs = frozenset(theirs)
 
     def settled(self) -> bool:
-        """True: every byte of the dead one that can land has landed."""
+        """True: every byte of the dead one that can land has landed. What cannot be looked at, for want of a file
+        descriptor above all, is not proved."""
+        try:
+            return self._look()
+        except OSError:
+            return False
+
+    def _look(self) -> bool:
         # Our sockets first: one that is made after this is not the dead one's.
         ours, here = [], _own_addresses()
         with own_sockets() as sockets:
@@ -107,14 +114,8 @@ def _own_addresses() -> set[str]:
 
 def _established() -> set[tuple[int, int]]:
     """(local port, remote port) of every connection of this network namespace that neither end has closed."""
-    found = set()
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            _, local, remote, state, *_ = line.split()
-            if int(state, 16) == _ESTABLISHED:
-                found.add((int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16)))
-    return found
+    return {
+        (int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16))
+        for _, local, remote, state, *_ in connections()
+        if int(state, 16) == _ESTABLISHED
+    }
