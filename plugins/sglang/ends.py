@@ -30,6 +30,13 @@ class KVTransferMetric:
     transfer_total_bytes: int | None = None
 
 
+class FailedElsewhere(Cancelled):
+    """The request has not failed here, but at another rank of the framework's, which knows and logs why."""
+
+    is_from_another_rank = True
+    """SGLang's loops look for it, and log such an error for debugging only."""
+
+
 class _End(ABC):
     """What both have in common. `_transfer` is the room, once it is open; `_ended` the last word, once that is said."""
 
@@ -55,9 +62,14 @@ class _End(ABC):
 
     def failure_exception(self) -> None:
         """Raises the error that the request failed with: a tensorferry.errors.FerryError. Where it has not failed here,
-        another rank of the framework's has, and what is raised is Cancelled."""
-        error = self._error or (self._transfer.error if self._transfer is not None else None)
-        raise error or Cancelled("another rank says that the request has failed", room=self.bootstrap_room)
+        another rank of the framework's has: then the request ends here too, on both sides, and what is raised is
+        FailedElsewhere, which is Cancelled. SGLang's loops call nothing else after a failure. Failed from here on."""
+        error = self._reason() or FailedElsewhere(
+            "another rank says that the request has failed", room=self.bootstrap_room
+        )
+        self._end_with(error)
+        self._ended, self._error = KVPoll.Failed, error  # and where every row had arrived
+        raise error
 
     def abort(self) -> None:
         """Ends the request on both sides. Failed from here on, unless it has ended already.
@@ -72,8 +84,12 @@ class _End(ABC):
         lease's, and stay until that is freed."""
         self.abort()
         if self._transfer is not None:
-            self._ended, self._error = self.poll(), self._transfer.error
+            self._ended, self._error = self.poll(), self._reason()
             self._transfer = None
+
+    def _reason(self) -> FerryError | None:
+        """Why it failed: the end's own reason first, for the room's is then no more than that it was cancelled."""
+        return self._error or (self._transfer.error if self._transfer is not None else None)
 
     @abstractmethod
     def _before(self) -> KVPoll:

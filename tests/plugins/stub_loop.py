@@ -50,8 +50,7 @@ class Tracked:
         try:
             self.end.failure_exception()
         except FerryError as error:
-            self.error = error
-        self.end.clear()
+            self.error = error  # and no more than that: SGLang's own clears the request by itself
 
 
 class LanguageLoop:

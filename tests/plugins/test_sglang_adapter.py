@@ -356,11 +356,62 @@ def test_a_room_that_is_in_use_is_a_failed_request_and_the_room_goes_on(world: A
     assert_buffers(first[0].buffers, given)
 
 
-def test_another_ranks_failure_is_an_error_here_too(world: Any) -> None:
-    end = FerryKVSender(world().encoder, "", 1)
+def failed_elsewhere(end: FerryKVSender | FerryKVReceiver) -> None:
+    """What SGLang's loops do where the least of the ranks' polls is Failed: this one call, and no other after it."""
+    with pytest.raises(errors.Cancelled, match="another rank") as caught:
+        end.failure_exception()
+    assert caught.value.is_from_another_rank is True
+    assert (end.poll(), end.conclude_state) == (KVPoll.Failed, KVPoll.Failed)
     with pytest.raises(errors.Cancelled, match="another rank"):
         end.failure_exception()
-    assert end.poll() == KVPoll.WaitingForInput
+
+
+def test_another_ranks_failure_is_an_error_here_too(world: Any) -> None:
+    w = world()
+    failed_elsewhere(FerryKVSender(w.encoder, "", 1))
+    failed_elsewhere(FerryKVReceiver(w.managers[0], w.address, 1))
+
+
+@pytest.mark.parametrize("who", ["language", "encode"])
+def test_another_ranks_failure_ends_the_request_on_both_sides_and_frees_the_room(world: Any, who: str) -> None:
+    w = world(block_size=16, pool_blocks=8, first_grant=64)
+    w.encode.ready = lambda room, total: 100  # it would go on for ever
+    w.request(1, 1000)
+    eventually(lambda: w.tick() or w.language.transferring[0][0].look() == KVPoll.Transferring)
+    theirs, ours = w.language.transferring[0][0], w.encode.inflight[0]
+    failed_elsewhere(theirs.end if who == "language" else ours.end)
+    w.run()  # the other side hears of it
+    assert isinstance((ours if who == "language" else theirs).error, errors.Cancelled)
+    w.encode.ready = lambda room, total: total
+    again = w.request(1, 50)  # the router tries again with the same room
+    w.run()
+    assert_buffers(w.language.over[1][0].buffers, again)
+
+
+def test_another_ranks_failure_is_one_here_where_every_row_has_arrived(world: Any) -> None:
+    w = world()
+    w.request(1, 50)
+    received, sent = w.language.waiting[0][0], w.encode.bootstrapping[0]
+    eventually(lambda: w.tick() or (received.end.poll(), sent.end.poll()) == (KVPoll.Success, KVPoll.Success))
+    failed_elsewhere(received.end)
+    failed_elsewhere(sent.end)
+
+
+def test_clearing_a_request_keeps_the_reason_of_its_failure(world: Any) -> None:
+    w = world()
+    sent = w.encode.add(1, rows(100, 1, SMALL))
+    w.encode.ready = lambda room, total: 40
+    w.encode.tick()
+    w.encode.tick()
+    sent.req.embedding = sent.req.embedding.float()
+    w.encoder.buffers.set_buf(sent.req)
+    sent.end.send(sent.lease)
+    for _ in range(2):
+        with pytest.raises(errors.BadTensor):
+            sent.end.failure_exception()
+        sent.end.clear()
+    w.encode.tick()
+    assert isinstance(sent.error, errors.BadTensor)
 
 
 def test_freeing_a_lease_cancels_its_room_and_freeing_it_again_does_nothing(world: Any) -> None:
