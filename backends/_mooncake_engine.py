@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tensorferry.backends import _mooncake_environment as environment
 from tensorferry.backends._mooncake_environment import Unfit
 from tensorferry.backends._mooncake_sockets import cut_connections, hasten_listener, stop_listening
 from tensorferry.backends._mooncake_wire import ask, session_name
+from tensorferry.core.children import nameless_file
 from tensorferry.core.errors import BadCall, PeerUnreachable, TransportError
 from tensorferry.core.memory import Memory
 
@@ -44,7 +44,7 @@ def _quietly() -> Iterator[None]:
     """Keep the engine's start-up lines off standard error: they go to our log. What others write meanwhile is passed
     on. Milliseconds only, around the import and the start of an engine."""
     sys.stderr.flush()
-    with _quiet, tempfile.TemporaryFile() as caught:
+    with _quiet, nameless_file() as caught:
         real = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import select
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from tensorferry.conformance.rules import Kind, Level, Rule, rules
 from tensorferry.conformance.rules import select as pick
 from tensorferry.conformance.target import Factory, Target, child_environment, resolve
 from tensorferry.conformance.worker import Order
+from tensorferry.core.children import end_in_words, nameless_file
 from tensorferry.core.errors import ConfigError, TransportUnavailable, from_code
 from tensorferry.core.transport import Transport
 
@@ -140,7 +139,7 @@ class _Worker:
         self._environment = environment
         self._order = msgspec.json.encode(order).decode()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the worker
+        self._stderr: IO[bytes] = nameless_file()  # it lives as long as the worker
         self._rest = b""
 
     def usable(self) -> tuple[bool, str]:
@@ -220,7 +219,7 @@ class _Worker:
             if not piece:
                 status = process.wait()
                 self.end()
-                return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                return end_in_words(status)
             self._rest += piece
         line, _, self._rest = self._rest.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)

@@ -11,7 +11,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tensorferry.commands.demo_plan import Plan
 from tensorferry.commands.demo_view import View
 from tensorferry.commands.demo_wire import GRACE_SECONDS
 from tensorferry.commands.output import MissingExtra
+from tensorferry.core.children import end_in_words, nameless_file
 from tensorferry.core.errors import DeadlineExceeded, FerryError, PeerLost, from_code
 
 START_SECONDS = 180.0
@@ -41,7 +41,7 @@ class Side:
 
     def __init__(self, name: str, plan: Plan, debug: bool, **order: Any) -> None:
         self.name = name
-        self.words: IO[bytes] | None = None if debug else tempfile.TemporaryFile()  # noqa: SIM115  closed by release
+        self.words: IO[bytes] | None = None if debug else nameless_file()  # closed by release
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE],  # -P: whatever lies in the working directory is not ours to import
             stdin=subprocess.PIPE,
@@ -87,9 +87,7 @@ class Side:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         status = self.process.returncode
-        how = "closed its output" if status is None else f"ended with status {status}"
-        if status is not None and status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
+        how = "closed its output" if status is None else end_in_words(status)
         said = self.last_words()
         return PeerLost(
             f"the {self.name} (process {self.process.pid}) {how} before every room was done",

@@ -11,12 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+from tensorferry.core.children import end_in_words, nameless_file
 from tensorferry.core.transport import Probe, Readiness
 
 DEFAULT_SECONDS = 30.0
@@ -59,7 +59,7 @@ def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> E
 
 def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:
     with (
-        tempfile.TemporaryFile() as words,
+        nameless_file() as words,
         subprocess.Popen(
             [sys.executable, "-P", "-m", module, *args],  # -P: nothing is imported from the working directory
             stdin=subprocess.DEVNULL,
@@ -76,9 +76,7 @@ def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:
         finally:
             _end(child)
         if not how and child.returncode:
-            how = f"ended with status {child.returncode}"
-            if child.returncode < 0:
-                how = f"was ended by {signal.Signals(-child.returncode).name}"
+            how = end_in_words(child.returncode)
         return Ended(said, how, _last_line(words))
 
 
