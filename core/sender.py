@@ -490,6 +490,9 @@ class SenderMachine(SenderState):
             return
         for index in [i for i in b.done if i < grant.prefix]:
             del b.done[index]
+        if not self._may_wait(r, sum(count for _, _, count, _ in runs)):
+            self.ignored["too many grants"] += 1  # what is due is granted again
+            return
         needed = 1 << 32 if slot.offer is None else -(-slot.offer.facts.total // self.hello.block_size)
         for first, block, count, generation in runs:
             for k in range(min(count, needed - first)):  # beyond the announced length: never written (GR-6)
@@ -507,6 +510,18 @@ class SenderMachine(SenderState):
         if r.problem is not None:
             self._effects.append(Connect(r.route, r.hello))
         self._post(slot, b)
+
+    def _may_wait(self, r: Receiver, more: int) -> bool:
+        """Grants wait for rows, or for an offer. Of a receiver's no more than two pools: it lends each block to one
+        transfer at a time, and whoever asks for more wants our memory (a run of 16 bytes becomes 65,536 entries)."""
+        most = 2 * r.hello.pool_blocks
+        if r.waiting + more > most:
+            bindings = (b for slot in self.slots.values() for b in slot.bindings.values())
+            r.waiting = sum(len(b.pending) for b in bindings if b.receiver == r.hello.src)
+        if r.waiting + more > most:
+            return False
+        r.waiting += more
+        return True
 
     def _post(self, slot: Slot, b: Binding) -> None:
         """Write what is granted, readable and addressed to memory that we know."""

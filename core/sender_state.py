@@ -113,6 +113,7 @@ class Receiver:
     generations: list[int] = field(default_factory=list)
     via: str = ""  # the transport that carries to it
     path: str = ""  # by which way, as its engine tells
+    waiting: int = 1 << 60  # granted blocks that wait, at most: counted anew when that would be too many
 
 
 class SenderState:

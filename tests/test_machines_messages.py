@@ -631,3 +631,28 @@ def test_a_question_without_a_pool_is_answered_and_nothing_is_kept() -> None:
     assert (answer.message.src, answer.message.dst) == (1000, 77)
     assert not ferry.sender.receivers
     assert not ferry.sender.refused
+
+
+def test_grants_that_wait_are_bounded_for_each_receiver_whatever_the_number_of_rooms() -> None:
+    """One run of 16 bytes for a room without an offer is as many entries as the peer says that its pool has blocks."""
+    ferry = Ferry(pool=3)
+    pool = 1000
+    ferry.sender.on_message("0001", stranger(1, pool_blocks=pool))
+    ferry.sender.connected(5001, None)
+    for room in range(1, 11):
+        about = {"src": 5001, "dst": 1000, "min_live": 1, "xfer": room}
+        ferry.sender.on_message("0001", m.Open(**about, room=room, rank=0, ranks=1, dummy=False))
+        ferry.sender.on_message("0001", m.Grant(**about, epoch=1, prefix=0, runs=m.pack_grant([(0, 0, pool, 1)])))
+
+    def waiting() -> list[int]:
+        return [len(b.pending) for slot in ferry.sender.slots.values() for b in slot.bindings.values()]
+
+    assert waiting() == [pool, pool] + 8 * [0]
+    assert ferry.sender.ignored["too many grants"] == 8
+    first = {"src": 5001, "dst": 1000, "min_live": 1, "xfer": 1}
+    ferry.sender.on_message("0001", m.Revoke(**first, upto=1))  # what is withdrawn makes room
+    ferry.sender.on_message("0001", m.Grant(**about, epoch=1, prefix=0, runs=m.pack_grant([(0, 0, pool, 1)])))
+    assert waiting() == [0, pool] + 7 * [0] + [pool]
+    xfer, serial = ferry.receive(20), ferry.send(20, 2)  # and is nobody else's loss
+    ferry.deliver()
+    assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
