@@ -54,10 +54,19 @@ class Lane:
     """What the engine said of this peer when it was connected."""
     barred: PathMismatch | None = None
     """Why it is not used any more, although it stays connected: what it may still write has to be watched."""
+    mute: bool = False
+    """Its transport cannot say how the peer is, and that was logged."""
 
     @property
     def state(self) -> PeerState:
-        return self.transport.peer_state(self.peer)
+        """As its transport says; UNKNOWN, which proves nothing, where it raises instead."""
+        try:
+            return self.transport.peer_state(self.peer)
+        except Exception:  # foreign code, and asked at each tick: it is this peer's trouble and nobody else's
+            if not self.mute:
+                self.mute = True
+                log.exception("%s.peer_state raised", self.transport.name)
+            return PeerState.UNKNOWN
 
 
 @dataclass(slots=True, eq=False)
@@ -180,8 +189,12 @@ class Reach:
         return lane.barred
 
     def disconnect(self) -> None:
+        """From every lane, whatever one of their transports raises: what follows it are proofs that blocks wait for."""
         for lane in self.ever:
-            lane.transport.disconnect(lane.peer)
+            try:
+                lane.transport.disconnect(lane.peer)
+            except Exception:  # foreign code
+                log.exception("%s.disconnect raised", lane.transport.name)
 
 
 class Carriers:
@@ -357,6 +370,7 @@ class Carriers:
                 lanes.append(lane)
                 if known is not None and before is not None:  # what was found out of it still holds
                     lane.path, lane.word, lane.barred = known.path, known.word, known.barred
+                    lane.mute = known.mute
                     if lane.barred is not None:
                         problems.append(lane.barred)
                     if lane.path != verdict.path:

@@ -385,14 +385,14 @@ class Receiver(Endpoint):
         for xfer in machine.decisions.uses.keys() - machine.transfers.keys():  # verdicts that somebody has not heard
             keys.add(("verdict", xfer))
             if self._watches.repeat(("verdict", xfer), xfer, now):
-                self._do(machine.resend(xfer))
+                self._guard(lambda xfer=xfer: self._do(machine.resend(xfer)))  # type: ignore[misc]
         for route in {t.route for t in machine.transfers.values()}:
             self._guard(partial(self._watch_route, route, now, keys))
         self._guard(partial(self._leave_idle_routes, now, keys))
-        self._guard(partial(self._watch_quarantine, now, keys))
+        self._watch_quarantine(now, keys)
         for slab in [s for s, since in self._stuck_slabs.items() if now - since > 1.0]:
             self._stuck_slabs[slab] = now
-            self._replace(slab)
+            self._guard(partial(self._replace, slab))
         self._watches.keep_only(keys)
         return bool(machine.transfers or self._gatherer.busy)
 
@@ -473,20 +473,24 @@ class Receiver(Endpoint):
         current = {peer.inc for peer in self.machine.peers.values()}
         bound = {t.sender for t in self.machine.transfers.values()}
         for inc, known in list(self._known.items()):
-            if known.reach.quiet:
-                if not self._settle(lambda t, inc=inc: t.sender == inc):  # type: ignore[misc]
-                    continue
+            wanted = inc in current | waiting | bound or self._buffers.graveyard.nbytes_of(inc) > 0
+            self._guard(partial(self._watch_known, inc, known, wanted))
+        for inc in waiting:
+            keys.add(("quarantine", inc))
+            if self._watches.age(("quarantine", inc), now) > self.settings.peer_timeout:
+                self._guard(lambda inc=inc: self._do(self.machine.fence_overdue(inc)))  # type: ignore[misc]
+
+    def _watch_known(self, inc: int, known: Known, wanted: bool) -> None:
+        """`wanted`: something of this sender is left, or may come."""
+        if known.reach.quiet:
+            if self._settle(lambda t: t.sender == inc):
                 del self._known[inc]
                 known.reach.disconnect()
                 self._buffers.graveyard.exhume(inc)
                 self._do(self.machine.peer_gone(inc))
-            elif inc not in current | waiting | bound and not self._buffers.graveyard.nbytes_of(inc):
-                del self._known[inc]
-                known.reach.disconnect()
-        for inc in waiting:
-            keys.add(("quarantine", inc))
-            if self._watches.age(("quarantine", inc), now) > self.settings.peer_timeout:
-                self._do(self.machine.fence_overdue(inc))
+        elif not wanted:
+            del self._known[inc]
+            known.reach.disconnect()
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tensorferry.core import effects as fx
 from tensorferry.core import messages as m
 from tensorferry.core.arguments import INT64, int64s, integer, names, sixteen_bytes
+from tensorferry.core.carriers import Reach
 from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
@@ -307,29 +308,15 @@ class Sender(Endpoint):
             self._guard(partial(self._watch_receiver, receiver, now, keys))
         for receiver, target in list(self._poster.targets.items()):  # whoever came and went: keep none of its memory
             if receiver not in bound and target.reach.ended:
-                self._lose(receiver, PeerLost("the receiver's process has ended"), gone=True)
+                ended = PeerLost("the receiver's process has ended")
+                self._guard(partial(self._lose, receiver, ended, gone=True))
         for slot in list(machine.slots.values()):
             self._look_after(partial(self._watch_slot, slot, now, keys), partial(self._fail, slot))
         for receiver in {w.receiver for w in machine.writes.values()} - bound:
-            keys.add(("abandon", receiver))
-            if watches.age(("abandon", receiver), now) <= ABANDON_SECONDS:
-                continue
-            if not machine.may_abandon(receiver):
-                if (more := self._troubles.worth_telling("abandoned", now)) is not None:
-                    log.error(
-                        "writes to %d receivers that were lost are kept in mind, and those to others are waited for: "
-                        "start this side anew before it has no room for new receivers%s",
-                        len(machine.abandoned),
-                        more,
-                    )
-            elif self._poster.abandon(receiver):
-                log.warning("writes to a receiver that was lost are not waited for any more")
-                self._do(machine.abandon(receiver))
-        for receiver, target in self._poster.targets.items():
+            self._guard(partial(self._watch_abandoned, receiver, now, keys))
+        for receiver, target in list(self._poster.targets.items()):
             if target.reach.fallen:
-                keys.add(("fallen", receiver))
-                if watches.age(("fallen", receiver), now) > PREFER_AGAIN_SECONDS and target.reach.prefer_again():
-                    self._do(machine.connected(receiver, None, *target.reach.way))
+                self._guard(partial(self._watch_fallen, receiver, target.reach, now, keys))
         for receiver in self._poster.targets.keys() - machine.receivers.keys():  # forgotten to make room for others
             self._poster.targets.pop(receiver).reach.disconnect()
         for receiver in self._heard.keys() - machine.receivers.keys():
@@ -380,6 +367,30 @@ class Sender(Endpoint):
             self._lose(receiver, PeerLost(f"the receiver has been silent for {now - heard:.1f} s"), gone=False)
         elif self._watches.every(key, self.settings.heartbeat, now):
             self._do(self.machine.heartbeat(receiver))
+
+    def _watch_abandoned(self, receiver: int, now: float, keys: set[Any]) -> None:
+        """Writes to a receiver that no room is bound to any more: kept in mind for a while."""
+        key = ("abandon", receiver)
+        keys.add(key)
+        if self._watches.age(key, now) <= ABANDON_SECONDS:
+            return
+        if not self.machine.may_abandon(receiver):
+            if (more := self._troubles.worth_telling("abandoned", now)) is not None:
+                log.error(
+                    "writes to %d receivers that were lost are kept in mind, and those to others are waited for: "
+                    "start this side anew before it has no room for new receivers%s",
+                    len(self.machine.abandoned),
+                    more,
+                )
+        elif self._poster.abandon(receiver):
+            log.warning("writes to a receiver that was lost are not waited for any more")
+            self._do(self.machine.abandon(receiver))
+
+    def _watch_fallen(self, receiver: int, reach: Reach, now: float, keys: set[Any]) -> None:
+        key = ("fallen", receiver)
+        keys.add(key)
+        if self._watches.age(key, now) > PREFER_AGAIN_SECONDS and reach.prefer_again():
+            self._do(self.machine.connected(receiver, None, *reach.way))
 
     def _lose(self, receiver: int, error: FerryError, *, gone: bool) -> None:
         self._heard.pop(receiver, None)
