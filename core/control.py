@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from contextlib import suppress
+from itertools import count
 
 import zmq
 
@@ -50,6 +51,11 @@ def _check_port(address: str, lowest: int) -> None:
         raise ConfigError(f"{address!r}: ports are {lowest} to 65535")
 
 
+def speaks_for(route: str, identity: bytes) -> bool:
+    """Was this route to us opened by somebody who calls himself `identity`?"""
+    return bytes.fromhex(route).partition(b"/")[0] == identity
+
+
 class _Bell:
     """A file that ends a wait, open as long as anybody holds it: its number is nobody else's while it is rung.
 
@@ -67,14 +73,16 @@ class _Bell:
 
 
 class Control:
-    """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to.
-    `patience`: seconds within which somebody who comes back at an address has to be found, a few tries among them.
+    """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to, followed
+    there by "/" and the number of the route. `patience`: seconds within which somebody who comes back at an address has
+    to be found, a few tries among them.
 
     Raises ConfigError for an address that cannot be bound.
     """
 
     def __init__(self, identity: bytes, bind: str = "", patience: float = 8.0) -> None:
         self.identity = identity
+        self._opened = count(1)
         self._longest_pause_ms = max(FIRST_PAUSE_MS, min(LONGEST_PAUSE_MS, int(patience * 1000 / 8)))
         self.dropped: Counter[str] = Counter()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -130,7 +138,9 @@ class Control:
                 hint="Raise the limit of open files (ulimit -n), or wait: addresses that nothing is wanted from are "
                 "let go after a while",
             ) from problem  # fmt: skip
-        socket.setsockopt(zmq.ROUTING_ID, self.identity)
+        # A number for each: two addresses can be one listener's (a name and an IP, two IPs of 0.0.0.0), where the later
+        # of two routes under one identity would take the earlier one's answers.
+        socket.setsockopt(zmq.ROUTING_ID, b"%b/%d" % (self.identity, next(self._opened)))
         try:
             socket.connect(address)
         except zmq.ZMQError as problem:

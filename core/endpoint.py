@@ -23,7 +23,7 @@ from typing import Any, Self
 from tensorferry.core import messages as m
 from tensorferry.core.arguments import text
 from tensorferry.core.carriers import Carriers
-from tensorferry.core.control import Control
+from tensorferry.core.control import Control, speaks_for
 from tensorferry.core.effects import Effect, Send
 from tensorferry.core.errors import (
     BadCall,
@@ -148,7 +148,7 @@ class Endpoint:
                 received = self._guard(lambda t=timeout: self._control.receive(t)) or []  # type: ignore[misc]
                 now = time.monotonic()
                 for route, message in received:
-                    if "://" not in route and bytes.fromhex(route) != _identity(message.src):
+                    if "://" not in route and not speaks_for(route, _identity(message.src)):
                         self._control.dropped["identity"] += 1  # who connected to us speaks for itself and nobody else
                         continue
                     self._guard(lambda r=route, x=message, t=now: self._on_message(r, x, t), message)  # type: ignore[misc]

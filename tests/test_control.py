@@ -13,7 +13,7 @@ import zmq
 
 from tensorferry.core import control as control_module
 from tensorferry.core import messages as m
-from tensorferry.core.control import MOST_FRAMES_A_TURN, Control
+from tensorferry.core.control import MOST_FRAMES_A_TURN, Control, speaks_for
 from tensorferry.core.errors import ConfigError, Overloaded
 from tensorferry.core.wire import encode
 
@@ -67,10 +67,33 @@ def test_a_route_answers_whoever_spoke(stack: ExitStack) -> None:
     one.send(server.address, PING)
     two.send(server.address, m.Ping(src=7, dst=2))
     routes = {message.src: route for route, message in received(server, 2)}
-    assert routes == {1: b"one".hex(), 7: b"two".hex()}
+    assert routes == {1: b"one/1".hex(), 7: b"two/1".hex()}
     server.send(routes[7], PONG)
     assert received(two, 1) == [(server.address, PONG)]
     assert one.receive(0) == []
+
+
+def test_two_addresses_of_one_listener_are_two_routes_and_neither_is_deaf(stack: ExitStack) -> None:
+    server = listening(stack, "tcp://0.0.0.0:0")
+    port = server.address.rpartition(":")[2]
+    one, two = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.2:{port}"
+    client = dialling(stack, one)
+    client.send(one, PING)
+    first = received(server, 1)[0][0]
+    client.connect(two)
+    client.send(two, PING)
+    second = received(server, 1)[0][0]
+    for route in (first, second, first):
+        server.send(route, PONG)
+    assert sorted(received(client, 3)) == sorted([(one, PONG), (one, PONG), (two, PONG)])
+    assert first != second
+    assert all(speaks_for(route, b"client") for route in (first, second))
+
+
+@pytest.mark.parametrize("called", [b"client2/1", b"clien/1", b"/1", b"/client", b"client2", b"\0\x01\x02\x03\x04"])
+def test_nobody_speaks_for_one_that_is_called_otherwise(called: bytes) -> None:
+    assert speaks_for(b"client/17".hex(), b"client")
+    assert not speaks_for(called.hex(), b"client")
 
 
 def test_garbage_is_counted_by_reason_and_what_follows_is_heard(stack: ExitStack) -> None:

@@ -107,7 +107,7 @@ class Thrower:
             nonsense = [wire.encode(message) for message in absurd_messages(to)]
             throw(address, nonsense)
             if self._introduced:
-                throw(address, nonsense, identity=f"{HUGE:016x}".encode())
+                throw(address, nonsense, identity=f"{HUGE:016x}/1".encode())
             self.rounds += 1
 
     def __enter__(self) -> Thrower:
