@@ -7,12 +7,14 @@ says Failed, and `failure_exception` raises why. Only calls in an impossible ord
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tensorferry.core.arguments import integer
-from tensorferry.core.errors import BadCall, BadTensor, Cancelled, FerryError, Unsupported
+from tensorferry.core.errors import BadCall, BadTensor, Cancelled, DeadlineExceeded, FerryError, Unsupported
 from tensorferry.core.handles import ReceiveTransfer, SendTransfer
 from tensorferry.plugins.sglang.buffers import Lease, cancel
 from tensorferry.plugins.sglang.manager import FerryKVManager
@@ -74,8 +76,8 @@ class _End(ABC):
     def abort(self) -> None:
         """Ends the request on both sides. Failed from here on, unless it has ended already.
 
-        A receiver that has not called `init`, or whose process has not met this sender before, cannot tell it: it goes
-        on waiting for somebody to open the room, until its transfer_deadline.
+        A receiver that does not know its sender's address, or whose process has not met this sender before, cannot tell
+        it: it goes on waiting for somebody to open the room, until its transfer_deadline.
         """
         self._end_with(Cancelled("the scheduler aborted the request", room=self.bootstrap_room))
 
@@ -89,6 +91,7 @@ class _End(ABC):
 
     def _reason(self) -> FerryError | None:
         """Why it failed: the end's own reason first, for the room's is then no more than that it was cancelled."""
+        self.poll()  # which finds out
         return self._error or (self._transfer.error if self._transfer is not None else None)
 
     @abstractmethod
@@ -212,8 +215,8 @@ class FerryKVSender(_End):
 
 
 class FerryKVReceiver(_End):
-    """The language side of one request: Bootstrapping until `init`, WaitingForInput until more than the first grant is
-    under way, then Transferring. `prefill_dp_rank` here is where earlier releases gave it.
+    """The language side of one request: Bootstrapping until its sender's address is found, WaitingForInput until more
+    than the first grant is under way, then Transferring. `prefill_dp_rank` here is where earlier releases gave it.
 
     Raises BadCall for a room that is no number.
     """
@@ -231,16 +234,17 @@ class FerryKVReceiver(_End):
         prefill_dp_rank: int | None = None,
     ) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
-        self._sender_address = ""
+        self._found: Future[str] | None = None
+        self._patience_ends = 0.0
         self._dp_rank = prefill_dp_rank
 
     def init(self, prefill_dp_rank: int | None = None) -> None:
-        """Find the address of the embedding side. Nothing is sent, and no memory taken, before `send_metadata`."""
+        """Begin to find the address of the embedding side. Nothing is sent, and no memory taken, before
+        `send_metadata`. An address that cannot be found is this request's failure, and so is one that has not been
+        found within `announce_deadline` seconds."""
         rank = self._dp_rank if prefill_dp_rank is None else prefill_dp_rank
-        try:
-            self._sender_address = self.kv_mgr.resolve(self.bootstrap_addr, rank or 0)
-        except FerryError as problem:
-            self._end_with(problem)
+        self._patience_ends = time.monotonic() + self.kv_mgr.settings.announce_deadline
+        self._found = self.kv_mgr.find(self.bootstrap_addr, rank or 0)
 
     def send_metadata(
         self,
@@ -254,8 +258,8 @@ class FerryKVReceiver(_End):
         another call. The rows are found through the lease (`get_buf`).
 
         `aux_index` and `destination` change nothing: the aux record is part of the result, and the result's memory is
-        tensorferry's own. Raises BadCall before `init`, a second time, and for what is no lease. Any other failure is
-        this request's: Failed.
+        tensorferry's own. Raises BadCall before the sender is found, a second time, and for what is no lease. Any other
+        failure is this request's: Failed.
         """
         lease = _lease_of(kv_indices, self.bootstrap_room)
         if self._transfer is not None:
@@ -263,7 +267,11 @@ class FerryKVReceiver(_End):
         if self.conclude_state is not None:
             return
         if not self._sender_address:
-            raise BadCall("init finds the sender, and comes before send_metadata", room=self.bootstrap_room)
+            raise BadCall(
+                "init finds the sender, and comes before send_metadata",
+                room=self.bootstrap_room,
+                hint="It is found when poll says WaitingForInput",
+            )
         try:
             if state_indices or decode_prefix_len:
                 raise Unsupported(
@@ -281,8 +289,29 @@ class FerryKVReceiver(_End):
     def _open(self, dummy: bool) -> ReceiveTransfer:
         return self.kv_mgr.receiver.receive(self.bootstrap_room, self._sender_address, dummy=dummy)
 
+    @property
+    def _sender_address(self) -> str:
+        """Empty until it is found."""
+        found = self._found
+        return found.result() if found is not None and found.done() and found.exception() is None else ""
+
     def _before(self) -> KVPoll:
-        return KVPoll.WaitingForInput if self._sender_address else KVPoll.Bootstrapping
+        problem: BaseException | None = None
+        if self._found is not None and self._found.done():
+            problem = self._found.exception()
+        elif self._found is not None and time.monotonic() > self._patience_ends:
+            problem = DeadlineExceeded(
+                f"resolve has not found {self.bootstrap_addr} within {self.kv_mgr.settings.announce_deadline:g} s",
+                room=self.bootstrap_room,
+                hint="Does the directory answer that it asks? A call of it has to end by itself",
+            )
+        else:
+            return KVPoll.Bootstrapping
+        if problem is None:
+            return KVPoll.WaitingForInput
+        assert isinstance(problem, FerryError)  # `find` gives no other
+        self._ended, self._error = KVPoll.Failed, problem
+        return KVPoll.Failed
 
     def _open_to_cancel(self) -> ReceiveTransfer | None:
         return self._open(self.dummy) if self._sender_address else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,25 +17,12 @@ from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Transport
 from tensorferry.plugins.opening import opened
 from tensorferry.plugins.sglang.buffers import MultimodalBuffers
+from tensorferry.plugins.sglang.finding import Finder, Resolve, explicit
 
 log = logging.getLogger("tensorferry.sglang")
 
 EMBEDDING_MODES = frozenset({"encode", "prefill"})
 LANGUAGE_MODES = frozenset({"decode", "language"})
-
-Resolve = Callable[[str, int], str]
-"""(bootstrap_addr, dp rank) -> the control address (tcp://host:port) of the embedding side that is meant."""
-
-
-def explicit(bootstrap_addr: str, dp_rank: int) -> str:
-    """The default: `bootstrap_addr` is the control address itself, with or without its "tcp://". Raises ConfigError
-    for a rank other than 0, which one address cannot name."""
-    if dp_rank:
-        raise ConfigError(
-            f"{bootstrap_addr} is one address, and data-parallel rank {dp_rank} is wanted",
-            hint="Give the manager `resolve`, which finds each rank's address",
-        )
-    return bootstrap_addr if "://" in bootstrap_addr else f"tcp://{bootstrap_addr}"
 
 
 class FerryKVManager:
@@ -44,7 +32,8 @@ class FerryKVManager:
     `args`: its `engine_rank`, if it has one, has to be the group's rank. `server_args`: the embedding side binds
     `disaggregation_bootstrap_port` of this host's loopback unless `bind` says otherwise. The rest are keywords of
     tensorferry, which `functools.partial` puts in where SGLang makes the manager: the layout, which SGLang does not
-    know, `group`, and what tensorferry.Sender and Receiver take. `resolve` finds a sender's address (see `explicit`).
+    know, `group`, and what tensorferry.Sender and Receiver take. `resolve` finds a sender's address
+    (see `explicit`); it is called beside the loop, and may take up to `announce_deadline` seconds.
 
     Raises ConfigError and its kin, and keeps nothing open then. Close it (`close`, `teardown`, or a `with` block).
     """
@@ -72,6 +61,7 @@ class FerryKVManager:
     ) -> None:
         self.kv_args = args
         self.resolve = resolve
+        self._finder = Finder()
         self.receives = _receives(disaggregation_mode)
         rank = getattr(args, "engine_rank", None)
         if group is not None and rank is not None and rank != group.rank:
@@ -108,6 +98,11 @@ class FerryKVManager:
         if not isinstance(self._endpoint, Receiver):
             raise BadCall("this process sends: its manager was made for the embedding side")
         return self._endpoint
+
+    def find(self, bootstrap_addr: str, dp_rank: int) -> Future[str]:
+        """The control address of an embedding side as `resolve` gives it, or the FerryError for which there is none.
+        Never blocks: what is no explicit address is found in another thread."""
+        return self._finder.find(self.resolve, bootstrap_addr, dp_rank)
 
     def register_to_bootstrap(self) -> None:
         """Says in the log where this embedding side is found. There is no bootstrap server: its address is bound from

@@ -482,7 +482,7 @@ def test_a_data_parallel_rank_needs_an_address_of_its_own(world: Any) -> None:
     w.managers[0].resolve = lambda addr, rank: {("pool", 3): w.encoder.address}[addr, rank]
     end = FerryKVReceiver(w.managers[0], "pool", 1, prefill_dp_rank=3)
     end.init()
-    assert end.poll() == KVPoll.WaitingForInput
+    eventually(lambda: end.poll() == KVPoll.WaitingForInput)
 
 
 def test_rows_may_be_handed_over_a_number_at_a_time(world: Any) -> None:
