@@ -229,7 +229,7 @@ class Carriers:
         if not fit:
             raise TransportUnavailable(
                 f"{require} is required, and no transport here has it: "
-                + "; ".join([*(f"{t.name} goes over {t.path()}" for t in given), *map(str, passed_over)]),
+                + "; ".join([*(f"{t.name} goes over {t.path()}{_said(t)}" for t in given), *map(str, passed_over)]),
                 hint="`tensorferry doctor` says, step by step, what stands against RDMA",
                 transport=given[0].name,
             )
@@ -423,6 +423,8 @@ class Carriers:
         told = "; ".join(f"{v.name}: {v.reason}" for v in both)
         kind = VersionMismatch if all("transport contract" in v.reason for v in both) else TransportMismatch
         hints = dict.fromkeys(p.hint for p in problems if p.hint and p.hint != p.default_hint)  # any one may help
+        if self.require and any(v.reason.startswith(f"{self.require} is required") for v in both):
+            hints[_look_for(self.require)] = None
         return kind(f"no transport joins the two sides: {told}", hint="; ".join(hints), peer=who)
 
     # ---- the end -----------------------------------------------------------------------------------------------
@@ -457,6 +459,19 @@ def _place(name: str, order: list[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
+def _look_for(path: str) -> str:
+    return f"`tensorferry doctor`, on each of the two sides, says what stands against {path}"
+
+
+def _said(transport: Transport) -> str:
+    """What it says of itself, in brackets: it may name the cause."""
+    try:
+        return f" ({transport.probe().reason})"
+    except Exception:  # it may not; the error that this is for goes without
+        log.exception("%s.probe raised", transport.name)
+        return ""
+
+
 def _path(transport: Transport, peer: Any) -> str:
     """The engine's word; empty where it has none."""
     try:
@@ -484,7 +499,9 @@ def _lane(transport: Transport, offer: m.Offer, slabs: int, chosen: str, require
     if require and word != require:
         transport.disconnect(peer)
         raise TransportMismatch(
-            f"{require} is required, and the path to this peer is {word or 'not known'}", transport=transport.name
+            f"{require} is required, and the path to this peer is {word or 'not known'}",
+            hint=_look_for(require),
+            transport=transport.name,
         )
     # What it says of all peers alike says nothing of the other side, whose word counts in the choice.
     return Lane(transport, peer, regions, chosen if word in ("", transport.path()) else word, word)

@@ -25,7 +25,7 @@ from tensorferry.core.errors import (
 from tensorferry.core.memory import Memory
 from tensorferry.core.selection import Verdict
 from tensorferry.core.staging import Stagings
-from tensorferry.core.transport import CONTRACT_VERSION, Capabilities, PeerState, Region, Transport
+from tensorferry.core.transport import CONTRACT_VERSION, Capabilities, PeerState, Probe, Region, Transport
 
 
 class Named(PlainTransport):
@@ -109,7 +109,7 @@ def test_transports_of_one_name_or_none_are_refused(given: Sequence[Transport]) 
 
 def test_what_was_not_even_opened_has_its_reason_in_every_answer() -> None:
     idle = Verdict("mooncake", "tcp", False, "taken only when it is named: there is no RDMA device")
-    with pytest.raises(TransportUnavailable, match=r"a goes over tcp; not mooncake \(.*there is no RDMA device"):
+    with pytest.raises(TransportUnavailable, match=r"a goes over tcp \(for tests\); not mooncake \(.*no RDMA device"):
         Carriers([Named("a")], require="rdma", passed_over=[idle])
     carriers = Carriers([Named("a")], passed_over=[idle])
     assert carriers.reach(hello(("a", "tcp")), "peer").verdicts[1:] == [idle]
@@ -124,8 +124,18 @@ def test_what_was_not_even_opened_has_its_reason_in_every_answer() -> None:
 
 
 def test_what_is_required_and_not_there_fails_closed() -> None:
-    with pytest.raises(TransportUnavailable, match=r"rdma is required.*a goes over tcp"):
+    with pytest.raises(
+        TransportUnavailable, match=r"rdma is required.*a goes over tcp \(for tests\); b goes over memcpy"
+    ):
         Carriers([Named("a"), Named("b", "memcpy")], require="rdma")
+
+    class Raises(Named):
+        @classmethod
+        def probe(cls) -> Probe:
+            raise RuntimeError("not allowed to")
+
+    with pytest.raises(TransportUnavailable, match=r"no transport here has it: a goes over tcp \["):
+        Carriers([Raises("a")], require="rdma")
 
 
 def test_what_cannot_take_the_required_path_is_not_offered() -> None:
@@ -368,6 +378,9 @@ def test_a_path_that_turns_out_otherwise_for_this_peer_is_refused_where_it_is_re
     with pytest.raises(TransportMismatch, match="rdma is required, and the path to this peer is tcp"):
         Carriers(engine, require="rdma").reach(hello(("mooncake", "rdma")), "peer")
     assert not engine.peers  # and nothing is left of the attempt
+    with pytest.raises(TransportMismatch, match="the peer's path is tcp") as caught:
+        Carriers(engine, require="rdma").reach(hello(("mooncake", "tcp")), "peer")
+    assert "tensorferry doctor" in caught.value.hint  # both have the same transport: that is no remedy
 
 
 def test_what_connect_raises_against_the_contract_is_a_typed_error() -> None:
