@@ -82,7 +82,7 @@ class Engine:
         self._sessions: dict[str, list[bytes]] = {}
         self._byte = ctypes.c_ubyte()  # what `read_byte` reads goes here, also when nobody waits for it any more
         self._engine: Any = module.TransferEngine()
-        with _quietly():
+        with _quietly(), environment.without_vain_devices():
             failed = self._engine.initialize(address, "P2PHANDSHAKE", "", device)
         if failed:
             why = f" over {', '.join(environment.rdma_ports())}" if environment.rdma_ports() else ""

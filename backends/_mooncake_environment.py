@@ -17,6 +17,7 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
+from tensorferry.backends._rdma import why_not_usable as why_not_usable
 from tensorferry.backends._variables import left_as_found
 from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
@@ -49,6 +50,7 @@ DEFAULT_PROGRESS_S = 10
 DEFAULT_TRANSFER_S = 30
 
 
+FORCE_TCP = "MC_FORCE_TCP"
 PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
 TRANSFER = "MC_TRANSFER_TIMEOUT"
 
@@ -125,8 +127,14 @@ def refuse_dangers() -> None:
     for name, why in _REFUSES.items():
         if os.environ.get(name):
             raise Unfit(f"{name} is set: {why}", f"Unset {name}")
-    if "MC_FORCE_HCA" in os.environ and "MC_FORCE_TCP" not in os.environ and not rdma_ports():
-        raise Unfit("MC_FORCE_HCA is set and there is no RDMA device: the engine does not start", "Unset MC_FORCE_HCA")
+    if "MC_FORCE_HCA" in os.environ and FORCE_TCP not in os.environ:
+        if not (ports := rdma_ports()):
+            raise Unfit(
+                "MC_FORCE_HCA is set and there is no RDMA device: the engine does not start", "Unset MC_FORCE_HCA"
+            )
+        cause, remedy = why_not_usable(ports)
+        if cause:
+            raise Unfit(f"MC_FORCE_HCA is set and no RDMA device can be used: {cause}", remedy)
     if os.environ.get("MC_TCP_PROTO") == "1":
         raise Unfit(
             "MC_TCP_PROTO=1 is set: the engine then calls a write complete that the peer has not acknowledged",
@@ -299,7 +307,7 @@ def _loads(library: str) -> bool:
 
 def why_not_rdma(device: str = "") -> tuple[str, str]:
     """Why the engine would run over TCP, and what helps. ("", "") where nothing that we can see stands against RDMA."""
-    if "MC_FORCE_TCP" in os.environ:
+    if FORCE_TCP in os.environ:
         return "MC_FORCE_TCP is set", "Unset MC_FORCE_TCP"
     devices = rdma_ports()
     wanted = [name for name in device.split(",") if name]
@@ -311,7 +319,25 @@ def why_not_rdma(device: str = "") -> tuple[str, str]:
     inactive = [name for name in wanted or devices if not devices[name]]
     if len(inactive) == len(wanted or devices):
         return f"no port of {', '.join(inactive)} is active", "Check the link: `ibv_devinfo`, `rdma link`"
+    active = [name for name in wanted or devices if devices[name]]
     filters = os.environ.get("MC_TE_FILTERS", "")
-    if filters and not set(filters.split(",")) & {name for name, active in devices.items() if active}:
+    if filters:
+        active = [name for name in active if name in filters.split(",")]
+    if not active:
         return f"MC_TE_FILTERS={filters} leaves no active device", "Change or unset MC_TE_FILTERS"
-    return "", ""
+    return why_not_usable(active)
+
+
+@contextmanager
+def without_vain_devices() -> Iterator[None]:
+    """For the start of an engine: it takes TCP where this process cannot use the devices that there are. By itself it
+    would take one for which no memory can be locked, and then refuse every registration."""
+    ports = rdma_ports()
+    if ports and FORCE_TCP not in os.environ and why_not_usable(ports)[0]:
+        os.environ[FORCE_TCP] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(FORCE_TCP, None)
+    else:
+        yield

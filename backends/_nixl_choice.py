@@ -22,6 +22,7 @@ def choose(chosen: NixlOptions) -> tuple[frozenset[str], str]:
     cause, remedy = environment.why_not_rdma()
     if chosen.require == RDMA and cause:
         raise Unfit(f'require="rdma" cannot be had: {cause}', remedy)
+    environment.refuse_nothing_left(cause, remedy)
     if chosen.require and chosen.require not in ways:
         name = "UCX_TLS" if chosen.require not in environment.ways(tls) else environment.MODULES_VARIABLE
         why = f"{name}={os.environ[name]} leaves it out"

@@ -16,7 +16,7 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from tensorferry.backends import _nixl_environment as environment
@@ -24,7 +24,7 @@ from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
 from tensorferry.backends._nixl_environment import RDMA, TCP, Unfit
 from tensorferry.backends._nixl_sockets import cut_connections, event_sets, listening_ports
-from tensorferry.backends._rdma import rdma_ports
+from tensorferry.backends._rdma import MAY_BE_LOCKED, rdma_ports, why_not_locked
 from tensorferry.core.errors import TransportError
 from tensorferry.core.memory import Memory
 
@@ -44,9 +44,18 @@ Route = tuple[int, int]
 
 HOST_TO_HOST = (-1, -1)
 
+START_S = 20.0
+"""For an agent to come to be. It takes 0.1 to 0.5 s; over verbs under an emulated processor it has taken 3."""
+
 _loading = threading.Lock()
 _creating = threading.Lock()
-"""Held while an agent comes to be: what is there afterwards and was not before is its own."""
+"""Held while an agent comes to be: what is there afterwards and was not before is its own. By an agent that does not
+come back it is held for good, and none starts any more."""
+
+_LOCKED = (
+    f"Most likely too little memory may be locked (see `ulimit -l`), and UCX tries for ever: {MAY_BE_LOCKED}. "
+    "`UCX_LOG_LEVEL=error tensorferry doctor --debug nixl` shows what UCX itself says"
+)
 
 _keep: list[ctypes.CDLL] = []
 
@@ -130,19 +139,53 @@ class Agent:
         parameters = {"num_workers": str(workers)} if backend == "UCX" else {}
         if backend == "UCX" and require in (RDMA, TCP):
             parameters["engine_config"] = ("TLS=ib" if require == RDMA else "TLS=tcp") + (",cuda_copy" if cuda else "")
-        with _creating:
-            ports, sets = _sockets()
-            try:
-                self._backend = self._agent.createBackend(backend, parameters)
-            except Exception as error:
-                raise explain_backend(backend, require, error) from error
-            ports_now, sets_now = _sockets()
-            self.ports, self._sets = sorted(ports_now - ports), sets_now - sets
+        self._pins = backend == "UCX" and require == RDMA
         self._memory: dict[int, tuple[Memory, Any]] = {}
         self._door = Mapping(DOORSTEP_BYTES)
         self.doorstep = self._door.address
-        self.register(Memory(self.doorstep, DOORSTEP_BYTES, "cpu", self._door))
+        self._within(START_S, lambda: self._start(backend, require, parameters))
         _alive.add(self)
+
+    def _start(self, backend: str, require: str, parameters: dict[str, str]) -> None:
+        ports, sets = _sockets()
+        try:
+            self._backend = self._agent.createBackend(backend, parameters)
+        except Exception as error:
+            raise explain_backend(backend, require, error) from error
+        ports_now, sets_now = _sockets()
+        self.ports, self._sets = sorted(ports_now - ports), sets_now - sets
+        self.register(Memory(self.doorstep, DOORSTEP_BYTES, "cpu", self._door))
+
+    def _within(self, seconds: float, start: Callable[[], None]) -> None:
+        """Run it on a thread. Raises what it raises, and Unfit where it does not return: UCX tries again for ever where
+        a device refuses to register memory, with a core and deaf to signals. What is left there is the process's."""
+        if not _creating.acquire(timeout=seconds):
+            raise Unfit(
+                f"an agent that this process started before has not come back from NIXL within {seconds:g} s", _LOCKED
+            )
+        raised: list[BaseException] = []
+        over = threading.Event()
+
+        def run() -> None:
+            try:
+                start()
+            except BaseException as error:  # noqa: BLE001 - it is raised again by the thread that waits
+                raised.append(error)
+            finally:
+                _creating.release()
+                over.set()
+
+        threading.Thread(target=run, name="nixl-start", daemon=True).start()
+        try:
+            came_back = over.wait(seconds)
+        except BaseException:  # an interrupt, while the engine may be at it for ever
+            self.abandon()
+            raise
+        if not came_back:
+            self.abandon()
+            raise Unfit(f"NIXL did not come back within {seconds:g} s from starting an agent", _LOCKED)
+        if raised:
+            raise raised[0]
 
     # ---- memory ------------------------------------------------------------------------------------------
 
@@ -150,6 +193,10 @@ class Agent:
         """Raises TransportError. The GIL is released."""
         # One by one: given a list, the binding first asks numpy whether it is an array, and imports it for that.
         on_gpu = memory.kind == "cuda"
+        if self._pins and not on_gpu and (refused := why_not_locked(memory.nbytes)):
+            raise TransportError(
+                f"the engine cannot register {memory.nbytes} bytes: {refused}", hint=MAY_BE_LOCKED, transport="nixl"
+            )
         entries = self._nixl.nixlRegDList(self._segment(memory.device if on_gpu else -1), 0)
         entries.addDesc((memory.address, memory.nbytes, memory.device, ""))
         try:

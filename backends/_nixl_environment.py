@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from tensorferry.backends._rdma import rdma_ports
+from tensorferry.backends._rdma import rdma_ports, why_not_usable
 from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
@@ -30,8 +30,9 @@ SETS = (
     EngineVariable(
         MODULES_VARIABLE,
         "^ib",
-        "only on a host without an RDMA device: the InfiniBand modules could do nothing there, and the libraries that "
-        "they bring crash the process at its exit",
+        "only where there is no RDMA device, or this process may not use one: the InfiniBand modules could do nothing "
+        "there, the libraries that they bring crash the process at its exit, and where memory may not be locked they "
+        "try again for ever",
     ),
     EngineVariable(
         "UCX_LOG_FILE", "stderr", "UCX writes to standard output otherwise, into whatever the program prints there"
@@ -86,9 +87,14 @@ class Unfit(Exception):
 def prepare() -> None:
     """Set what the user has not set."""
     for variable in SETS:
-        if variable.name == MODULES_VARIABLE and rdma_ports():
-            continue
-        os.environ.setdefault(variable.name, variable.value)
+        if variable.name != MODULES_VARIABLE or _rdma_is_in_vain():
+            os.environ.setdefault(variable.name, variable.value)
+
+
+def _rdma_is_in_vain() -> bool:
+    """Whatever the state of the ports, UCX can do nothing with the devices of this host."""
+    ports = rdma_ports()
+    return not ports or bool(why_not_usable(ports)[0])
 
 
 # ---- the engine's wheel --------------------------------------------------------------------------------------
@@ -242,6 +248,12 @@ def allowed() -> frozenset[str]:
     return found if loads("cma") else found - {MEMCPY}
 
 
+def refuse_nothing_left(cause: str, remedy: str) -> None:
+    """Raises Unfit where the user lets UCX use RDMA alone, and `cause` stands against that."""
+    if cause and allowed() == {RDMA}:
+        raise Unfit(f"UCX_TLS={os.environ['UCX_TLS']} lets UCX use RDMA alone: {cause}", remedy)
+
+
 def _way(name: str) -> str:
     plain = name.removeprefix("\\").split(":")[0]
     if plain in _RDMA_NAMES or plain.split("_")[0] in _RDMA_FAMILIES:
@@ -256,16 +268,20 @@ def why_not_rdma() -> tuple[str, str]:
     ports = rdma_ports()
     if not ports:
         return "there is no RDMA device", "Check `ls /sys/class/infiniband`, and that a container is given its devices"
-    if not any(ports.values()):
+    active = [name for name, up in ports.items() if up]
+    if not active:
         return f"no port of {', '.join(ports)} is active", "Check the link: `ibv_devinfo`, `rdma link`"
     tls = os.environ.get("UCX_TLS", "")
     if RDMA not in ways(tls):
         return f"UCX_TLS={tls} leaves RDMA out", "Change or unset UCX_TLS"
-    if not loads("ib"):
-        return f"UCX_MODULES={os.environ[MODULES_VARIABLE]} leaves RDMA out", "Unset UCX_MODULES"
     devices = os.environ.get("UCX_NET_DEVICES", "")
     if devices and devices != "all" and not {name.split(":")[0] for name in devices.split(",")} & set(ports):
         return f"UCX_NET_DEVICES={devices} names no RDMA device", f"There are: {', '.join(ports)}"
+    cause, remedy = why_not_usable(active)
+    if cause:
+        return cause, remedy
+    if not loads("ib"):  # after the above, for which `prepare` itself leaves it out
+        return f"UCX_MODULES={os.environ[MODULES_VARIABLE]} leaves RDMA out", "Unset UCX_MODULES"
     return "", ""
 
 

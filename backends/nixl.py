@@ -99,6 +99,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             module = environment.module_name()
             environment.binding_file(module)
             cause, remedy = environment.why_not_rdma()
+            environment.refuse_nothing_left(cause, remedy)
             if not cause:
                 with left_as_found(cls.sets):
                     Agent("UCX", RDMA, 1).close()
@@ -239,7 +240,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             target = self._targets.get(who)  # it may have been connected before, and not be forgotten yet
             if target is None:
                 near = self._host.shares_pids(told.host)
-                watch = _process.watch_claimed(told.pid, told.started) if near else None
+                watch = _process.watch_living(told.pid, told.started) if near else None
                 target = self._targets[who] = Target(told, watch)
             peer = NixlPeer(self._home, told.instance, target=target, way=way, traceable=traceable)
             self._peers[told.instance] = peer

@@ -88,10 +88,51 @@ def test_rdma_that_is_not_there_is_not_replaced(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, "rdma_ports", lambda: ports)
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
     monkeypatch.setattr(_mooncake_engine.Engine, "__init__", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(errors.TransportUnavailable, match=cause) as caught:
         MooncakeTransport(MooncakeOptions(**HERE, **asked))
     assert caught.value.hint
+
+
+LOCKED = ("`ulimit -l` allows 8192 KiB to be locked", "`ulimit -l unlimited`")
+
+
+def test_a_device_that_this_process_may_not_use_is_kept_from_the_engine(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None
+) -> None:
+    """Where memory may not be locked it would take the device, and then refuse every registration."""
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True})
+    asked: list[object] = []
+    monkeypatch.setattr(environment, "why_not_usable", lambda devices: asked.append(list(devices)) or LOCKED)
+    probe = MooncakeTransport.probe()
+    assert (probe.readiness, probe.path) == (Readiness.DEGRADED, "tcp")
+    assert (LOCKED[0] in probe.reason, probe.hint) == (True, LOCKED[1])
+    assert asked == [["mlx5_0"]]
+    with environment.without_vain_devices():
+        assert os.environ["MC_FORCE_TCP"] == "1"
+    assert "MC_FORCE_TCP" not in os.environ
+    opened = MooncakeTransport(MooncakeOptions(**HERE))
+    assert (opened.path(), "MC_FORCE_TCP" in os.environ) == ("tcp", False)
+    opened.close()
+    with pytest.raises(errors.TransportUnavailable, match="8192 KiB") as caught:
+        MooncakeTransport(MooncakeOptions(**HERE, require="rdma"))
+    assert caught.value.hint == LOCKED[1]
+    monkeypatch.setenv("MC_FORCE_HCA", "1")
+    with pytest.raises(errors.TransportUnavailable, match="MC_FORCE_HCA is set and no RDMA device can be used"):
+        MooncakeTransport(MooncakeOptions(**HERE))
+
+
+def test_of_several_devices_those_count_that_are_asked_for_and_left(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None
+) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True, "mlx5_1": True, "mlx5_2": False})
+    monkeypatch.setattr(environment, "why_not_usable", lambda devices: (", ".join(devices), ""))
+    assert environment.why_not_rdma()[0] == "mlx5_0, mlx5_1"
+    assert environment.why_not_rdma("mlx5_1,mlx5_2")[0] == "mlx5_1"
+    monkeypatch.setenv("MC_TE_FILTERS", "mlx5_1,mlx5_2")
+    assert environment.why_not_rdma()[0] == "mlx5_1"
+    assert "MC_TE_FILTERS" in environment.why_not_rdma("mlx5_0")[0]
 
 
 def test_rdma_is_what_the_engine_says_and_not_what_the_devices_promise(

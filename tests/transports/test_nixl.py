@@ -11,17 +11,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
-from transport_ends import at, ended, need, source
+from transport_ends import PATIENCE_S, at, ended, need, source
 
 from tensorferry import errors
+from tensorferry.backends import _nixl_engine, _nixl_keeping
 from tensorferry.backends import _nixl_environment as environment
-from tensorferry.backends import _nixl_keeping
 from tensorferry.backends import nixl as nixl_module
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import STORAGE, check_backend, explain_backend
@@ -45,6 +47,13 @@ def one(installed: None) -> Iterator[NixlTransport]:
     transport = NixlTransport(NixlOptions(workers=1))
     yield transport
     transport.close()
+
+
+@pytest.fixture
+def active(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host with an active RDMA device that this process may use."""
+    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True})
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
 
 
 @pytest.fixture
@@ -206,6 +215,7 @@ def test_rdma_that_is_not_there_is_not_replaced(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, "rdma_ports", lambda: ports)
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
     monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(errors.TransportUnavailable, match=cause) as caught:
         NixlTransport(NixlOptions(require="rdma"))
@@ -216,10 +226,88 @@ def test_rdma_that_is_not_there_is_not_replaced(
     assert cause in probe.reason
 
 
-def test_where_a_device_is_active_ucx_is_given_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, no_variables: None
+LOCKED = ("`ulimit -l` allows 8192 KiB to be locked", "`ulimit -l unlimited`")
+
+
+def test_a_device_that_this_process_may_not_use_is_kept_from_ucx_and_the_rest_works(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
 ) -> None:
-    monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True})
+    """Given it, UCX would try for ever to register memory that may not be locked."""
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: LOCKED)
+    probe = NixlTransport.probe()
+    assert (probe.readiness, probe.path, probe.hint) == (Readiness.DEGRADED, "tcp", LOCKED[1])
+    assert LOCKED[0] in probe.reason
+    with NixlClosing(NixlOptions(workers=1)) as transport:
+        assert os.environ["UCX_MODULES"] == "^ib"
+        assert transport.path() == "tcp"
+    with pytest.raises(errors.TransportUnavailable, match="8192 KiB") as caught:
+        NixlTransport(NixlOptions(require="rdma"))
+    assert caught.value.hint == LOCKED[1], "not the variable, which is ours"
+
+
+def test_where_the_user_leaves_ucx_nothing_but_a_device_that_cannot_be_used_that_is_told(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
+) -> None:
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: LOCKED)
+    monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setenv("UCX_TLS", "rc")
+    with pytest.raises(errors.TransportUnavailable, match=r"UCX_TLS=rc lets UCX use RDMA alone.*8192 KiB"):
+        NixlTransport(NixlOptions())
+    assert NixlTransport.probe().readiness is Readiness.UNAVAILABLE
+
+
+def test_an_agent_that_does_not_come_back_from_its_start_is_given_up(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As UCX does not where a device refuses to register memory: it tries again for ever, deaf to signals."""
+    coming_back = threading.Event()
+
+    class Stuck:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def getAvailPlugins(self) -> list[str]:
+            return ["UCX"]
+
+        def createBackend(self, *_: object) -> None:
+            coming_back.wait(PATIENCE_S)
+            raise RuntimeError("it came back in the end")
+
+    engine = SimpleNamespace(nixlAgentConfig=SimpleNamespace, nixlAgent=Stuck, NIXL_THREAD_SYNC_RW=1)
+    monkeypatch.setattr(_nixl_engine, "load", lambda: engine)
+    monkeypatch.setattr(_nixl_engine, "START_S", 0.1)
+    abandoned: list[Agent] = []
+    monkeypatch.setattr(_nixl_engine, "_abandoned", abandoned)
+    try:
+        with pytest.raises(Unfit, match=r"did not come back within 0\.1 s") as caught:
+            Agent("UCX", "rdma", 1)
+        assert "ulimit -l" in caught.value.hint
+        assert len(abandoned) == 1, "its destructor would wait for what does not end"
+        with pytest.raises(Unfit, match="started before") as caught:
+            Agent("UCX", "tcp", 1)
+        assert "ulimit -l" in caught.value.hint
+    finally:
+        coming_back.set()
+    assert _nixl_engine._creating.acquire(timeout=PATIENCE_S), "one that comes back late makes room"
+    _nixl_engine._creating.release()
+
+
+def test_memory_that_may_not_be_locked_is_refused_before_ucx_tries_it_for_ever(
+    one: NixlTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one._agent, "_pins", True)
+    monkeypatch.setattr(_nixl_engine, "why_not_locked", lambda nbytes: f"{nbytes} are too many")
+    memory = one.allocate(4096)
+    with pytest.raises(errors.TransportError, match="4096 are too many") as caught:
+        one.register(memory)
+    assert "memlock" in caught.value.hint
+    monkeypatch.setattr(one._agent, "_pins", False)
+    one.register(memory)
+
+
+def test_where_a_device_is_active_ucx_is_given_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
+) -> None:
     assert choose(NixlOptions()) == ({"rdma"}, "rdma")
     assert choose(NixlOptions(require="tcp")) == ({"tcp"}, "tcp")
     monkeypatch.setenv("UCX_TLS", "rc,tcp")  # the user's own mixture: nothing says which of them UCX takes
@@ -331,6 +419,7 @@ def test_on_a_host_with_an_rdma_device_ucx_keeps_its_modules(
     no_variables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": False})
+    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
     environment.prepare()
     assert "UCX_MODULES" not in os.environ
 

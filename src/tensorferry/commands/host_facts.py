@@ -18,16 +18,13 @@ from pathlib import Path
 
 import ifaddr
 
+from tensorferry.backends._rdma import ROOT as ROOT
+from tensorferry.backends._rdma import UNLIMITED as UNLIMITED
+from tensorferry.backends._rdma import may_lock as may_lock
+from tensorferry.backends._rdma import memlock as memlock
 from tensorferry.commands.carry_view import in_bytes
 from tensorferry.commands.findings import Finding, Severity
 from tensorferry.core.settings import Settings
-
-ROOT = Path("/")
-
-UNLIMITED = -1
-
-_CAP_IPC_LOCK = 14
-"""From <linux/capability.h>."""
 
 IRRELEVANT = {
     "size of /dev/shm": "shm's memory is a memfd, which is not there. UCX, under nixl, has to be able to write there, "
@@ -147,22 +144,6 @@ def findings(root: Path = ROOT, cma: Finding | None = None) -> list[Finding]:
 
 
 # ---- one by one ----------------------------------------------------------------------------------------------
-
-
-def memlock() -> int:
-    """Bytes that may be locked; UNLIMITED."""
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return UNLIMITED if limit == resource.RLIM_INFINITY else limit
-
-
-def may_lock(root: Path = ROOT) -> bool:
-    """CAP_IPC_LOCK: the limit on locked memory does not count."""
-    return _has_capability(root, _CAP_IPC_LOCK)
-
-
-def _has_capability(root: Path, number: int) -> bool:
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)", text(root / "proc/self/status"), re.MULTILINE)
-    return bool(found and int(found[1], 16) >> number & 1)
 
 
 def memory_limit(root: Path = ROOT) -> int:

@@ -11,13 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from tensorferry.backends._rdma import MAY_BE_LOCKED, MAY_BE_OPENED, NEEDS_LOCKED, character_devices, first_opened
 from tensorferry.commands.carry_view import in_bytes
 from tensorferry.commands.examining import Examined, Verbs
 from tensorferry.commands.host_facts import ROOT, UNLIMITED, container, text
 from tensorferry.core.transport import Readiness
-
-NEEDS_LOCKED = 128 << 20
-"""Bytes to register with default settings: the pool (59 MB) and the staging (67 MB)."""
 
 _MELLANOX = "0x15b3"
 _INFINIBAND_CLASS = "0x0207"
@@ -99,7 +97,7 @@ class Step:
 
 
 def devices(root: Path = ROOT) -> list[Device]:
-    verbs = {text(path / "ibdev"): path.name for path in (root / "sys/class/infiniband_verbs").glob("uverbs*")}
+    verbs = character_devices(root)
     return [_device(path, verbs) for path in sorted((root / "sys/class/infiniband").glob("*"))]
 
 
@@ -110,12 +108,11 @@ def _device(path: Path, verbs: Mapping[str, str]) -> Device:
         driver = os.path.basename(os.readlink(path / "device/driver"))
     if not driver and (path / "parent").exists():  # a software device stands on a network interface
         driver = f"software, on {text(path / 'parent')}"
-    uverbs = verbs.get(path.name, "")
     return Device(
         path.name,
         driver or "unknown",
         text(path / "fw_ver"),
-        f"/dev/infiniband/{uverbs}" if uverbs else "",
+        verbs.get(path.name, ""),
         tuple(_port(path / "ports" / str(number), number) for number in numbers),
     )
 
@@ -278,24 +275,9 @@ def _has_gid(ground: Ground) -> Step | str:
 
 
 def _has_permission(ground: Ground) -> Step | str:
-    refused = []
-    for device in _active(ground):
-        path = device.character_device
-        if not path:
-            refused.append(f"{device.name} has no character device (module ib_uverbs)")
-            continue
-        try:
-            os.close(os.open(ground.root / path.lstrip("/"), os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            refused.append(f"{path} ({device.name}): {error.strerror}")
-        else:
-            return f"{path} can be opened"
-    return Step(
-        "permission",
-        State.MISSING,
-        "; ".join(refused),
-        "`modprobe ib_uverbs`; in a container --device=/dev/infiniband; else a udev rule that lets this user open it",
-    )
+    files = {device.name: device.character_device for device in _active(ground)}
+    opened, refused = first_opened(files, ground.root)
+    return f"{opened} can be opened" if opened else Step("permission", State.MISSING, "; ".join(refused), MAY_BE_OPENED)
 
 
 def _has_driver(ground: Ground) -> Step | str:
@@ -330,7 +312,7 @@ def _has_locked_memory(ground: Ground) -> Step | str:
         State.MISSING,
         f"ulimit -l allows {in_bytes(ground.memlock)}, and pool and staging are pinned: {in_bytes(NEEDS_LOCKED)} with "
         "default settings",
-        "`ulimit -l unlimited`; systemd: LimitMEMLOCK=infinity; Docker: --ulimit memlock=-1, or --cap-add=IPC_LOCK",
+        MAY_BE_LOCKED,
     )
 
 
