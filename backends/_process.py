@@ -73,6 +73,15 @@ def watch_claimed(pid: int, started: int) -> ProcessWatch | None:
     return watch if now == started else ProcessWatch(None)
 
 
+def watch_living(pid: int, started: int) -> ProcessWatch | None:
+    """As `watch_claimed`, of a process that is seen here alive. None also where it is not: that it is not there proves
+    nothing where it may be another machine's that can reach us all the same. Two machines that were cloned from one
+    snapshot have the same boot id and the same namespace numbers, so where it runs cannot be told.
+    """
+    watch = watch_claimed(pid, started)
+    return None if watch is None or watch.ended() else watch
+
+
 def watch_connected(connection: socket.socket) -> ProcessWatch | None:
     """A watch on the process at the other end of a unix connection, as the kernel knows it; pid
     namespaces do not matter. None: the kernel cannot say."""

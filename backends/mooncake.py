@@ -195,7 +195,7 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
         check_protocols(self._engine.protocol, told.protocol)
         peer = self._peers.get(told.instance)
         if peer is None:
-            watch = _process.watch_claimed(told.pid, told.started) if self._host.shares_pids(told.host) else None
+            watch = _process.watch_living(told.pid, told.started) if self._host.shares_pids(told.host) else None
             traceable = told.protocol != "tcp" or self._host.shares_network(told.host)
             peer = MooncakePeer(self._home, told.instance, target=Target(told, watch), traceable=traceable)
             self._peers[told.instance] = peer

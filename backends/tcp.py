@@ -255,7 +255,8 @@ class TcpTransport(HostTransport[Post]):
         told = decode(descriptor, self.name, wire.DESCRIPTOR_VERSION, wire.Descriptor)
         peer = self._peers.get(told.instance)
         if peer is None:
-            route = Route(told, self._way_to(told), self._watch(told), self._instance, self._limits)
+            watch = _process.watch_living(told.pid, told.started) if told.host.shares_pids(self._host) else None
+            route = Route(told, self._way_to(told), watch, self._instance, self._limits)
             peer = TcpPeer(self._home, told.instance, route=route, links=self._new_links(route))
             self._peers[told.instance] = peer
         peer.learn(told.revision, told.regions)
@@ -277,17 +278,6 @@ class TcpTransport(HostTransport[Post]):
                 transport=self.name,
             )
         return far
-
-    def _watch(self, told: wire.Descriptor) -> _process.ProcessWatch | None:
-        """A watch on the peer's process, if it is seen here alive.
-
-        A process that is not there proves nothing: two machines that were cloned from one snapshot have the same boot
-        id and the same namespace numbers.
-        """
-        if not told.host.shares_pids(self._host):
-            return None
-        watch = _process.watch_claimed(told.pid, told.started)
-        return None if watch is None or watch.ended() else watch
 
     def _new_links(self, route: Route) -> list[Link]:
         links = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from engine_kit import abroad, one_byte, post
+from engine_kit import abroad, changed, one_byte, post
 from memory_kit import random_rows, same_bytes
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
@@ -162,6 +163,19 @@ def test_of_a_peer_of_another_host_no_end_is_proved(here: Engine, there: Start) 
     assert here.peer_state(peer) is PeerState.UNKNOWN
     assert not here.drained(handle)
     assert ended(here, one_byte(here, peer, region)) is Status.FAILED
+
+
+@pytest.mark.parametrize("engine", ["mooncake", "nixl-tcp"], indirect=True)
+@pytest.mark.parametrize("pid", [1 << 22, os.getpid()], ids=["nobody's", "another's"])
+def test_a_peer_that_is_seen_dead_at_first_sight_may_be_alive_elsewhere(here: Engine, there: Start, pid: int) -> None:
+    """Two machines cloned from one snapshot have the same boot id and the same namespace numbers: where its process
+    runs cannot be told. (By copies within the host, CMA, such a peer is not reached at all.)"""
+    clone = there()
+    region = clone.ask("share", nbytes=4096)
+    peer = here.connect(changed(clone.describe(), pid=pid, started=1))
+    assert here.peer_state(peer) is PeerState.UNKNOWN
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    assert here.peer_state(peer) is PeerState.UNKNOWN
 
 
 @pytest.mark.parametrize("engine", ["mooncake", "nixl-memcpy"], indirect=True)
