@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from command_kit import environment, on_a_terminal, tensorferry
 
 from tensorferry import cli
 from tensorferry._version import __version__
-from tensorferry.commands import probing
+from tensorferry.commands import examining
+from tensorferry.commands.examining import Examined
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Probe, Readiness
 
@@ -156,6 +158,8 @@ def strange_transports(tmp_path):
         "def __getattr__(name):\n"
         "    if name == 'Crash': os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    if name == 'Hang':\n"
+        "        alive = os.open(os.environ['ALIVE'], os.O_WRONLY)\n"
+        "        os.write(alive, b'..')\n"
         "        if os.fork() == 0: time.sleep(1000)\n"
         "        time.sleep(1000)\n"
         "    if name == 'Leave': os._exit(7)\n"
@@ -206,7 +210,8 @@ def test_transports_refuses_what_cannot_be_asked(args, capsys):
 
 
 def test_a_peer_that_does_not_answer_leaves_the_local_table(monkeypatch, capsys):
-    monkeypatch.setattr(probing, "probe_each", lambda names, *_, **__: {n: Probe(Readiness.READY, "") for n in names})
+    ready = Examined(Probe(Readiness.READY, ""), opened=True)
+    monkeypatch.setattr(examining, "examine_each", lambda names, *_, **__: dict.fromkeys(names, ready))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{silent.getsockname()[1]}"  # without a scheme, as `receive --from` takes it
@@ -242,23 +247,16 @@ def test_a_transport_that_hangs_is_an_answer_and_nothing_of_its_probe_is_left(
     (tmp_path / "oddities-0.3.dist-info" / "entry_points.txt").write_text(
         "[tensorferry.transports]\nhang = oddities:Hang\n"
     )
+    os.mkfifo(tmp_path / "alive")
+    monkeypatch.setenv("ALIVE", str(tmp_path / "alive"))
     monkeypatch.setenv("PYTHONPATH", strange_transports["PYTHONPATH"])
-    answer = probing.probe_each(["hang"], seconds=3)["hang"]
-    assert (answer.readiness, answer.reason) == (Readiness.BROKEN, "its probe gave no answer within 3 s")
-    left = [
-        process.name
-        for process in Path("/proc").iterdir()
-        if process.name.isdigit() and str(tmp_path).encode() in environ_of(process)
-        if int(process.name) != os.getpid()
-    ]
-    assert left == []
-
-
-def environ_of(process: Path) -> bytes:
-    try:
-        return (process / "environ").read_bytes()
-    except OSError:  # it has ended meanwhile, or is somebody else's
-        return b""
+    with os.fdopen(os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as living:
+        answer = examining.examine("hang", 3).probe
+        assert (answer.readiness, answer.reason) == (Readiness.BROKEN, "its probe gave no answer within 3 s")
+        os.set_blocking(living.fileno(), True)
+        for said in (b"..", b""):  # the end is there when neither the probe nor what it forked holds the other end
+            assert select.select([living], [], [], 60)[0]
+            assert living.read(2) == said
 
 
 def test_where_no_transport_is_usable_the_status_is_3(tmp_path):

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +37,13 @@ class Examined:
     def serves(self) -> bool:
         return self.probe.usable and self.opened
 
+    @property
+    def answer(self) -> Probe:
+        """What its probe would say if it knew what came of opening it."""
+        if self.refused:
+            return replace(self.probe, readiness=Readiness.BROKEN, reason=self.refused, hint=self.hint)
+        return replace(self.probe, path=self.path or self.probe.path)
+
 
 @dataclass(frozen=True)
 class Verbs:
@@ -51,9 +57,7 @@ def examine_each(
     names: Iterable[str], seconds: float = probing.DEFAULT_SECONDS, *, debug: bool = False
 ) -> dict[str, Examined]:
     """Each transport in a process of its own. Never raises for what a transport does."""
-    asked = list(dict.fromkeys(names))
-    with ThreadPoolExecutor(min(probing.AT_ONCE, os.cpu_count() or 1)) as pool:
-        return dict(zip(asked, pool.map(lambda name: examine(name, seconds, debug=debug), asked), strict=True))
+    return probing.ask_each(names, lambda name: examine(name, seconds, debug=debug))
 
 
 def examine(name: str, seconds: float, *, debug: bool = False) -> Examined:
@@ -134,17 +138,17 @@ def _verbs() -> Verbs:
 
 
 def main() -> int:
-    own = probing.reserve_stdout()
-    if sys.argv[1] == "verbs":
+    own, asked = probing.begin()
+    if asked[0] == "verbs":
         found = _verbs()
         print(json.dumps({"devices": found.devices, "problem": found.problem}), file=own)
     else:
         from tensorferry.plugins import registry
 
-        answer = registry.probe(sys.argv[2])
+        answer = registry.probe(asked[1])
         print(json.dumps(probing.told(answer)), file=own, flush=True)
         if answer.usable:
-            print(json.dumps(vars(_open(sys.argv[2]))), file=own)
+            print(json.dumps(vars(_open(asked[1]))), file=own)
     own.flush()
     os._exit(0)  # what is open ends with the process; an engine's destructors cannot change the answer any more
 

@@ -1,21 +1,24 @@
-"""Asking a transport about this machine in a child process: `python -m tensorferry.commands.probing NAME`.
+"""Running a module of ours in a child process, to ask what an engine is needed for.
 
-An engine that crashes or hangs while it is imported or probed is then an answer like any other, and nothing that it
-prints, forks or leaves behind stays with the command that asks.
+An engine that crashes or hangs while it is imported, probed or opened is then an answer like any other, and nothing
+that it prints, forks or leaves behind stays with the command that asks.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from tensorferry.commands.interrupts import all_as_interrupt
 from tensorferry.core.children import end_in_words, nameless_file
 from tensorferry.core.transport import Probe, Readiness
 
@@ -24,19 +27,55 @@ DEFAULT_SECONDS = 30.0
 
 AT_ONCE = 4
 
+_PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
 
-def reserve_stdout() -> IO[str]:
-    """Keep standard output for this process's own words, and send what others print there to standard error."""
-    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return own
+Answer = TypeVar("Answer")
 
 
-def probe_each(names: Iterable[str], seconds: float = DEFAULT_SECONDS, *, debug: bool = False) -> dict[str, Probe]:
-    """What each transport answers. Never raises for what a transport does."""
+# ---- in the command ----------------------------------------------------------------------------------------------
+
+
+def ask_each(names: Iterable[str], ask: Callable[[str], Answer]) -> dict[str, Answer]:
+    """`ask` of each name, several at a time; one after the other where no thread can be had. An interrupt ends all the
+    children at once. Raises what `ask` raises."""
     asked = list(dict.fromkeys(names))
-    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
-        return dict(zip(asked, pool.map(lambda name: _probe(name, seconds, debug), asked), strict=True))
+    waiting = deque(asked)
+    answers: dict[str, Answer] = {}
+    raised: list[Exception] = []
+
+    def work() -> None:
+        while waiting and not raised:
+            try:
+                name = waiting.popleft()
+            except IndexError:  # another one was quicker
+                return
+            try:
+                answers[name] = ask(name)
+            except Exception as error:  # noqa: BLE001 - it is raised where all of this was asked for
+                raised.append(error)
+
+    helpers = []
+    with all_as_interrupt():
+        try:
+            for _ in range(min(AT_ONCE, os.cpu_count() or 1, len(asked)) - 1):
+                helper = threading.Thread(target=work, name="tensorferry-asking", daemon=True)
+                try:
+                    helper.start()
+                except RuntimeError:  # the limit of processes and threads is reached: those that there are do it
+                    break
+                helpers.append(helper)
+            work()
+            for helper in helpers:
+                helper.join()
+        except BaseException:
+            waiting.clear()
+            for child in list(_running):
+                _end(child)
+            raise
+    if raised:
+        raise raised[0]
+    return {name: answers[name] for name in asked}
 
 
 @dataclass(frozen=True)
@@ -49,8 +88,12 @@ class Ended:
     """The last line that it, or an engine in it, wrote to standard error; not where that is shown anyway."""
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> Ended:
-    """Run a module in a process of its own for at most so long. Nothing of it is left afterwards. Never raises."""
+    """Run a module in a process of its own for at most so long. Nothing of it is left afterwards, also where the
+    command is interrupted; and where the command is killed, the kernel ends the child. Never raises but for that."""
     try:
         return _run_child(module, *args, seconds=seconds, debug=debug)
     except OSError as error:  # no more processes, no memory, an interpreter that this user may not run
@@ -59,9 +102,11 @@ def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> E
 
 def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:
     with (
+        all_as_interrupt(),
         nameless_file() as words,
         subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *args],  # -P: nothing is imported from the working directory
+            # -P: nothing is imported from the working directory
+            [sys.executable, "-P", "-m", module, str(os.getpid()), *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=None if debug else words,
@@ -69,12 +114,14 @@ def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:
         ) as child,
     ):
         how = ""
+        _running.add(child)
         try:
             said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as late:
             said, how = late.output or b"", f"gave no answer within {seconds:g} s"
         finally:
             _end(child)
+            _running.discard(child)
         if not how and child.returncode:
             how = end_in_words(child.returncode)
         return Ended(said, how, _last_line(words))
@@ -85,16 +132,6 @@ def _last_line(file: IO[bytes]) -> str:
     file.seek(max(0, size - 4096))
     lines = file.read().decode(errors="replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
-
-
-def _probe(name: str, seconds: float, debug: bool) -> Probe:
-    ended = run_child(__spec__.name, name, seconds=seconds, debug=debug)
-    if not ended.how:
-        return parse(ended.said)
-    more = "; `--timeout` waits longer" if "no answer" in ended.how else ""
-    return Probe(
-        Readiness.BROKEN, f"its probe {ended.how}", f"`tensorferry transports --debug` shows what it prints{more}"
-    )
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -120,19 +157,25 @@ def one_line(words: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words.split()))
 
 
+# ---- in the child ------------------------------------------------------------------------------------------------
+
+
+def begin() -> tuple[IO[str], list[str]]:
+    """What a child that `run_child` has started does first: it lives no longer than the command, and standard output is
+    its own. The way to answer, and the arguments."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[1]):  # the command has ended before that held
+        os._exit(1)
+    return reserve_stdout(), sys.argv[2:]
+
+
+def reserve_stdout() -> IO[str]:
+    """Keep standard output for this process's own words, and send what others print there to standard error."""
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return own
+
+
 def told(answer: Probe) -> dict[str, Any]:
     """An answer as `parse` reads it."""
     return asdict(answer) | {"facts": {str(key): str(value) for key, value in answer.facts.items()}}
-
-
-def main() -> int:
-    own = reserve_stdout()
-    from tensorferry.plugins import registry
-
-    json.dump(told(registry.probe(sys.argv[1])), own)
-    own.flush()
-    os._exit(0)  # an engine's threads or destructors cannot change the answer any more
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorferry.commands import carrying, probing
+from tensorferry.commands import carrying, examining, probing
 from tensorferry.commands.output import BadFlag, Exit, Output, exit_for
 from tensorferry.core.errors import FerryError
 from tensorferry.core.setting_values import seconds
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         raise BadFlag("--peer is empty", hint="Give the control address of a running sender, tcp://HOST:PORT")
     if args.require and args.peer is None:
         raise BadFlag("--require says what the bytes between two sides must travel by", hint="Give --peer ADDR as well")
-    answers = probing.probe_each((plugin.name for plugin in registry.available()), args.timeout, debug=args.debug)
-    found = registry.ranked(answers.__getitem__)
+    names = (plugin.name for plugin in registry.available())
+    examined = examining.examine_each(names, args.timeout, debug=args.debug)
+    found = registry.ranked(lambda name: examined[name].answer)
     usable = any(entry.probe.usable for entry in found)
     peer: _Peer | None = None
     error: FerryError | None = None
