@@ -78,6 +78,8 @@ class Engine:
     def __init__(self, address: str, device: str) -> None:
         """Raises Unfit where the engine does not start."""
         module = load()
+        self.protocol = ""
+        """What the engine has installed, by its own word to peers: "rdma", "tcp"; "" until it has told."""
         self._memory: dict[int, Memory] = {}  # registered, by address: it must outlive the engine's use of it
         self._sessions: dict[str, list[bytes]] = {}
         self._byte = ctypes.c_ubyte()  # what `read_byte` reads goes here, also when nobody waits for it any more
@@ -103,7 +105,6 @@ class Engine:
                 "This version of tensorferry knows the handshake of Mooncake 0.3.13",
             ) from error
         self.protocol = answer.protocol
-        """What the engine has installed, by its own word to peers: "rdma", "tcp"."""
         self.data_port = answer.tcp_data_port
 
     # ---- memory ------------------------------------------------------------------------------------------

@@ -152,6 +152,20 @@ def test_an_unknown_device_is_named(installed: None, monkeypatch: pytest.MonkeyP
     assert "mlx5_0, mlx5_1" in caught.value.hint
 
 
+def test_an_engine_that_does_not_answer_its_own_handshake_is_closed_and_the_reason_told(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where loopback is down."""
+
+    def ask(*_: object) -> Answer:
+        raise errors.PeerUnreachable("Network is unreachable")
+
+    monkeypatch.setattr(_mooncake_engine, "ask", ask)
+    with pytest.raises(errors.TransportUnavailable, match="does not answer its own handshake") as caught:
+        MooncakeTransport(MooncakeOptions(**HERE))
+    assert "Loopback has to be up" in caught.value.hint
+
+
 def test_an_address_that_the_engine_does_not_listen_on_is_refused(installed: None, no_variables: None) -> None:
     with pytest.raises(errors.TransportUnavailable, match="IPv4"):
         MooncakeTransport(MooncakeOptions(host="::1"))
