@@ -44,8 +44,8 @@ Route = tuple[int, int]
 
 HOST_TO_HOST = (-1, -1)
 
-START_S = 20.0
-"""For an agent to come to be. It takes 0.1 to 0.5 s; over verbs under an emulated processor it has taken 3."""
+START_S = 60.0
+"""For an agent to come to be. It takes 0.1 to 0.5 s; under an emulated processor that others used, too, 18."""
 
 _loading = threading.Lock()
 _creating = threading.Lock()
