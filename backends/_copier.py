@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
+from tensorferry.backends._waking import wake_owner
 from tensorferry.core.transport import Status
 
 log = logging.getLogger("tensorferry.backends.copier")
@@ -97,11 +98,7 @@ class Copier:
             released, batch.segments, batch.keep, batch.gate = batch.keep, (), (), None
             wake = self._wake
         del released  # outside the lock: the last reference to a mapping unmaps it
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the worker that serves all rooms
-                log.exception("the function given to on_progress failed")
+        wake_owner(wake, log)
 
     def stop(self) -> None:
         """Ask the worker to end after its current chunk; batches that are not finished by then are FAILED."""

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from tensorferry.backends._engine_jobs import Job, Target
 from tensorferry.backends._inbox import Inbox
+from tensorferry.backends._waking import wake_owner
 from tensorferry.core.transport import Status
 
 POLL_S = 0.0005
@@ -34,12 +35,7 @@ class Bell:
         self.log = log
 
     def ring(self) -> None:
-        wake = self.wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the thread that serves all rooms
-                self.log.exception("the function given to on_progress failed")
+        wake_owner(self.wake, self.log)
 
     def finish(self, job: Job[Any, Any], status: Status) -> None:
         """The last status of a job of which nothing is under way any more, and nothing will be."""

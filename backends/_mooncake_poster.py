@@ -69,7 +69,8 @@ class Poster(EngineThread[Target, Job]):
         return self._stopping
 
     def write(self, job: Job) -> None:
-        """Queue a post. After `stop` it is FAILED at once, so that none is left behind by a race with it."""
+        """Queue a post. After `stop`, or once the thread ends by whatever else, it is FAILED at once, so that none is left
+        behind by a race with it."""
         with self._lock:
             if not self._stopping:
                 self.inbox.put(job)
@@ -268,6 +269,8 @@ class Poster(EngineThread[Target, Job]):
 
     def _wind_up(self) -> None:
         """Fail what never began, wait a little for what has begun, destroy the engine where that does not take long."""
+        with self._lock:
+            self._stopping = True  # also where an error ends the thread: nobody else takes what comes now
         self._take_all()
         for target in self._targets:
             self._give_up(target, "the transport closes")

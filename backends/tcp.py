@@ -44,6 +44,7 @@ from tensorferry.backends._hostcopy import HostPeer, HostTransport, Plan
 from tensorferry.backends._tcp_harbor import BACKLOG, Harbor
 from tensorferry.backends._tcp_lane import Lane
 from tensorferry.backends._tcp_link import PIECE_BYTES, Limits, Link, Part, Piece, Post, Route
+from tensorferry.backends._waking import wake_owner
 from tensorferry.core.errors import (
     ConfigError,
     OutOfBounds,
@@ -132,12 +133,7 @@ class _Bell:
         self.wake: Callable[[], None] | None = None
 
     def ring(self) -> None:
-        wake = self.wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a bad call of the caller's must not end the thread that serves all peers
-                log.exception("the function given to on_progress failed")
+        wake_owner(self.wake, log)
 
 
 class TcpTransport(HostTransport[Post]):

@@ -440,9 +440,10 @@ def test_the_wake_function_is_called_once_the_status_has_changed(pair: Pair) -> 
     assert seen == [Status.DONE]
 
 
-def test_a_wake_function_that_raises_ends_no_worker(pair: Pair) -> None:
+@pytest.mark.parametrize("raised", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_a_wake_function_that_raises_ends_no_worker(pair: Pair, raised: type[BaseException]) -> None:
     def wake() -> None:
-        raise RuntimeError("no")
+        raise raised("no")
 
     pair.writer.on_progress(wake)
     assert ended(pair.writer, pair.post(BEFORE)) is Status.DONE

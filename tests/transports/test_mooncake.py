@@ -399,6 +399,24 @@ def test_a_descriptor_whose_regions_have_no_addresses_is_refused(one: MooncakeTr
         one.connect(msgspec.msgpack.encode(fields))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_once_its_thread_has_ended_a_post_fails_at_once(
+    one: MooncakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = one.register(one.allocate(64))
+    peer = one.connect(one.describe())
+    local = source(one, b"x")
+    waits = one.post(peer, [Copy(local, 0, at(region), 0, 1)])
+    monkeypatch.setattr(one._poster, "_step", sys.exit)
+    one._poster.nudge()
+    one._poster.thread.join(30)
+    assert ended(one, waits) in (Status.DONE, Status.FAILED)
+    after = one.post(peer, [Copy(local, 0, at(region), 0, 1)])
+    assert one.poll(after) is Status.FAILED
+    one.close()
+    assert one.poll(after) is Status.FAILED
+
+
 def test_memory_that_overlaps_is_refused_and_what_was_retired_can_be_registered_again(one: MooncakeTransport) -> None:
     memory = one.allocate(8192)
     region = one.register(memory)
