@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from tensorferry.core.carriers import close_all
 from tensorferry.core.errors import (
     ConfigError,
     FerryError,
@@ -156,7 +157,9 @@ def open_transport(name: str, options: Mapping[str, object] | None = None) -> Tr
 
 def open_automatic(options: Mapping[str, object] | None = None) -> tuple[list[Transport], list[Verdict]]:
     """Every transport that may be chosen without being named, open, best first; and those that were passed over, each
-    with the reason (but for those that no two processes share).
+    with the reason (but for those that no two processes share). One that goes another way, open, than its probe
+    promised, and a worse one, is closed again: it was taken for the way, and an engine that falls back by itself opens
+    ports for it that nobody asked for.
 
     Raises ConfigError for options, which belong to one transport by name, and TransportUnavailable, with every
     transport's reason, where none can be opened.
@@ -171,10 +174,18 @@ def open_automatic(options: Mapping[str, object] | None = None) -> tuple[list[Tr
         name, answer = entry.name, entry.probe
         if entry.automatic:
             try:
-                opened.append(open_transport(name))
+                one = open_transport(name)
             except FerryError as error:
                 passed_over.append(Verdict(name, answer.path, False, error.cause))
                 log.warning("transport %s is not used: %s", name, error)
+                continue
+            if answer.path and _is_worse(path := one.path(), answer.path):
+                close_all([one])
+                why = f"its probe found {answer.path} ({answer.reason}), and open it goes over {path}"
+                passed_over.append(Verdict(name, path, False, why))
+                log.warning("transport %s is not used: %s. `tensorferry doctor %s` says more", name, why, name)
+            else:
+                opened.append(one)
         elif not answer.usable:
             passed_over.append(Verdict(name, answer.path, False, entry.reason))
         elif name not in NEVER_AUTOMATIC:
@@ -186,6 +197,10 @@ def open_automatic(options: Mapping[str, object] | None = None) -> tuple[list[Tr
             hint="`tensorferry transports --why` says what would help",
         )
     return opened, passed_over
+
+
+def _is_worse(path: str, promised: str) -> bool:
+    return preference("", path)[0] > preference("", promised)[0]
 
 
 def ranked(prober: Callable[[str], Probe] = probe) -> list[Ranked]:

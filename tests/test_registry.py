@@ -378,3 +378,28 @@ def test_what_is_not_opened_by_itself_is_told_with_its_reason(monkeypatch: pytes
         "shm": "unavailable: not part of this test",
     }
     assert not any(v.viable for v in passed_over)
+
+
+@pytest.mark.parametrize(("promised", "kept"), [("rdma", False), ("memcpy", True), ("tcp", True), ("", True)])
+def test_one_that_goes_a_worse_way_than_its_probe_promised_is_closed_and_passed_over(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, promised: str, kept: bool
+) -> None:
+    """As Mooncake did where it could not open the device that is active: over TCP, on open ports."""
+    told = {
+        "acme": Probe(Readiness.READY, "an active RDMA device is there", path=promised),
+        "tcp": Probe(Readiness.READY, "sockets work", path="tcp"),
+    }
+    more = "closed = []\n    def close(self):\n        self.closed.append(self.name)\n        super().close()"
+    module = importlib.import_module(install("acme-ferry", ["acme"], good("acme", more)))
+    ranked = registry.ranked
+    monkeypatch.setattr(registry, "ranked", lambda: ranked(lambda name: told.get(name, OTHER)))
+    opened, passed_over = registry.open_automatic()
+    assert ("acme" in [one.name for one in opened]) is kept
+    assert module.Fake.closed == ([] if kept else ["acme"])
+    for one in opened:
+        one.close()
+    if not kept:
+        (verdict,) = [v for v in passed_over if v.name == "acme"]
+        why = "its probe found rdma (an active RDMA device is there), and open it goes over memcpy"
+        assert (verdict.path, verdict.viable, verdict.reason) == ("memcpy", False, why)
+        assert f"transport acme is not used: {why}" in caplog.text
