@@ -214,10 +214,13 @@ def _pin(engine: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 
-def _pin_all() -> None:
-    """In a forked child the engine's threads do not exist, and its destructor would wait for them for ever."""
+def _after_fork_in_child() -> None:
+    """The engine's threads do not exist there, and its destructor would wait for them for ever. Nor does who held a
+    lock."""
+    global _quiet
+    _quiet = threading.Lock()
     for engine in _alive:
         _pin(engine._engine)
 
 
-os.register_at_fork(after_in_child=_pin_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -69,8 +69,8 @@ class Poster(EngineThread[Target, Job]):
         return self._stopping
 
     def write(self, job: Job) -> None:
-        """Queue a post. After `stop`, or once the thread ends by whatever else, it is FAILED at once, so that none is left
-        behind by a race with it."""
+        """Queue a post. After `stop`, or once the thread ends by whatever else, it is FAILED at once, so that none is
+        left behind by a race with it."""
         with self._lock:
             if not self._stopping:
                 self.inbox.put(job)

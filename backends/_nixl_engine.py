@@ -327,10 +327,13 @@ def _pin(agent: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
 
 
-def _pin_all() -> None:
-    """In a forked child the engine's threads do not exist, and its destructor would wait for them for ever."""
+def _after_fork_in_child() -> None:
+    """The engine's threads do not exist there, and its destructor would wait for them for ever. Nor does who held a
+    lock."""
+    global _loading, _creating
+    _loading, _creating = threading.Lock(), threading.Lock()
     for agent in _alive:
         _pin(agent._agent)
 
 
-os.register_at_fork(after_in_child=_pin_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)

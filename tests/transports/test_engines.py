@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -202,6 +204,32 @@ def test_a_forked_child_cannot_use_what_it_inherited_and_ends(here: Engine, ther
     assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
     region = other.ask("share", nbytes=4096)
     assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
+
+
+FORKS = """
+import os, signal, sys
+from tensorferry.backends import _{0}_engine as engine
+from tensorferry.backends.{0} import {1}Options, {1}Transport
+for lock in {2}:
+    getattr(engine, lock).acquire()  # as another thread does that opens one
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    {1}Transport({1}Options()).close()
+    os._exit(0)
+assert all(getattr(engine, lock).locked() for lock in {2}), "the parent's are as they were"
+os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "locks"), [("mooncake", "Mooncake", ["_quiet"]), ("nixl", "Nixl", ["_loading", "_creating"])]
+)
+def test_a_child_that_is_forked_while_another_thread_opens_a_transport_can_open_its_own(
+    kind: str, name: str, locks: list[str]
+) -> None:
+    need(kind)
+    subprocess.run([sys.executable, "-c", FORKS.format(kind, name, locks)], timeout=60, check=True)
 
 
 # ---- the path ------------------------------------------------------------------------------------------------
