@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Self
 
 from tensorferry.core import messages as m
@@ -32,6 +33,7 @@ from tensorferry.core.errors import (
     FerryError,
     InternalError,
 )
+from tensorferry.core.handles import EndpointThread
 from tensorferry.core.layout import Layout
 from tensorferry.core.memory import HOST, Place
 from tensorferry.core.selection import Verdict
@@ -86,7 +88,7 @@ class Endpoint:
         self._closing = False
         self._stopped = threading.Event()
         self._over = False  # the I/O thread has nothing left to do
-        self._thread = threading.Thread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
+        self._thread = EndpointThread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
         with ExitStack() as undo:
             self._control = Control(_identity(self.incarnation), bind, settings.peer_timeout)
             undo.callback(self._control.close)
@@ -220,18 +222,41 @@ class Endpoint:
 
     # ---- callers -----------------------------------------------------------------------------------------------
 
-    def _call(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the I/O thread and return or raise what it does."""
+    def _call(self, work: Callable[[], Any], *, later: bool = False) -> Any:
+        """Run `work` in the I/O thread and return or raise what it does; InternalError after CALL_SECONDS.
+
+        `later`: nobody needs the answer. In an endpoint's own thread, where the garbage collector may run anybody's
+        finalizer, it is then not waited for, and an error is logged: the thread would wait for itself, or two of them
+        for each other. All else that is asked of an endpoint in its own thread raises BadCall.
+        """
+        self._check_caller(later=later)
+        unanswered = later and isinstance(threading.current_thread(), EndpointThread)
+        future: Future[Any] = Future()
+        self._commands.append((partial(self._guard, work) if unanswered else work, future))
+        self._control.wake()
+        if unanswered:
+            return None
+        if self._stopped.is_set() and future.cancel():  # it ended meanwhile, and nobody has answered
+            _closed()
+        try:
+            return future.result(CALL_SECONDS)
+        except TimeoutError:
+            if future.done() and not future.cancelled():  # what the work raised, or answered in the last moment
+                return future.result()
+            future.cancel()  # it is not made any more, unless it has begun
+            raise InternalError(f"the endpoint's thread has not answered within {CALL_SECONDS:g} s") from None
+
+    def _check_caller(self, *, later: bool = False) -> None:
+        """Raises BadCall where `_call` would not even ask."""
         if os.getpid() != self._pid:
             raise BadCall("an endpoint does not survive fork", hint="Make one in the child, or start it with spawn")
         if self._stopped.is_set() or self._closing:
             _closed()
-        future: Future[Any] = Future()
-        self._commands.append((work, future))
-        self._control.wake()
-        if self._stopped.is_set() and future.cancel():  # it ended meanwhile, and nobody has answered
-            _closed()
-        return future.result(CALL_SECONDS)
+        if not later and threading.current_thread() is self._thread:
+            raise BadCall(
+                "this was called in the endpoint's own thread, which cannot wait for itself",
+                hint="A finalizer (__del__) may cancel a transfer, and nothing else",
+            )
 
     def poll(self) -> list[Any]:
         """The transfers that have changed since the last call, of those that the caller still holds. Never blocks and

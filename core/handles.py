@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("tensorferry.transfer")
 
 
+class EndpointThread(threading.Thread):
+    """The I/O thread of an endpoint. What it waits for may be its own to do, or that of another one who waits for it:
+    nothing that blocks is for it, and finalizers (`__del__`) may run in it as in any thread."""
+
+
 class Transfer:
     """What both sides' transfers have in common."""
 
@@ -78,6 +83,8 @@ class Transfer:
         if what():  # what has ended can be read in a forked child as well
             return
         self._check_process()
+        if isinstance(threading.current_thread(), EndpointThread):
+            raise BadCall("not finished, and this is an endpoint's own thread, which cannot wait", room=self.room)
         with self._changed:
             if not self._changed.wait_for(what, timeout):
                 raise DeadlineExceeded(
@@ -150,7 +157,8 @@ class SendTransfer(Transfer):
         self._sender._put(self, start, components)
 
     def cancel(self) -> None:
-        """End the room on both sides. Nothing happens if it has ended already."""
+        """End the room on both sides. Nothing happens if it has ended already. May be called anywhere, in a finalizer
+        and a signal's handler as well."""
         self._sender._cancel(self, Cancelled("the sender cancelled", room=self.room))
 
 
@@ -218,7 +226,11 @@ class ReceiveTransfer(Transfer):
                 return
 
     def cancel(self) -> None:
-        """End the room on both sides (and for all ranks). Final here at once; nothing happens if it has ended."""
+        """End the room on both sides (and for all ranks). Final here when it returns; nothing happens if it has ended.
+
+        May be called anywhere, in a signal's handler as well, and in a finalizer: where that happens to run in an
+        endpoint's own thread, this returns at once and is final a moment later.
+        """
         self._receiver._cancel(self, Cancelled("the receiver cancelled", room=self.room))
 
     def resolve(self, verdict: str) -> None:

@@ -170,7 +170,7 @@ class Receiver(Endpoint):
 
     def _cancel(self, transfer: ReceiveTransfer, error: FerryError) -> None:
         if not transfer.done:
-            self._call(lambda: self._do(self.machine.cancel(transfer._xfer, error)))
+            self._call(lambda: self._do(self.machine.cancel(transfer._xfer, error)), later=True)
 
     def _resolve(self, transfer: ReceiveTransfer, run: bool) -> None:
         if not transfer.done:

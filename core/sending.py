@@ -189,6 +189,7 @@ class Sender(Endpoint):
             raise transfer.error or BadCall("the transfer has ended", room=transfer.room)
         if on_a_gpu(components.values()):
             self._check_staging(source.names, rows=True)
+        self._check_caller()
         source.put(start, **components)
         self._call(lambda: self._extend(transfer._serial, source))
 
@@ -208,7 +209,7 @@ class Sender(Endpoint):
 
     def _cancel(self, transfer: SendTransfer, error: FerryError) -> None:
         if not transfer.done:
-            self._call(lambda: self._do(self.machine.cancel(transfer._serial, error)))
+            self._call(lambda: self._do(self.machine.cancel(transfer._serial, error)), later=True)
 
     # ---- effects -----------------------------------------------------------------------------------------------
 
