@@ -105,12 +105,14 @@ class Crew:
         return made
 
     def leave(self) -> None:
-        """A thread ends. After the last of them the agent is destroyed."""
+        """A thread ends. After the last of them the agent is destroyed, and only then is no source read any more: where
+        it was abandoned UCX reads on, whatever has become of the threads."""
         with self._lock:
             self._left -= 1
             last = self._left == 0
-        if last:
-            self.agent.close()
+        if last and self.agent.close():
+            for worker in self.workers:
+                worker.free_sources()
 
     def look_around(self) -> None:
         """Give up the posts of a thread that does not come back from the engine."""

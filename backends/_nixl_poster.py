@@ -328,7 +328,14 @@ class Worker(EngineThread[Target, Job]):
         for target in self._targets:
             for submit in list(target.under_way):
                 self._lose(submit.job, "the transport closes")
-                submit.job.under_way -= 1  # the agent ends after this, and reads no more
+
+    def free_sources(self) -> None:
+        """After the end of this thread and of the agent: what was under way is read no more."""
+        for target in self._targets:
+            for submit in target.under_way:
+                submit.job.under_way -= 1
+                if submit.job.quiet:
+                    submit.job.keep = ()
             target.under_way.clear()
         for job in self._lost:
             self._bell.finish(job, Status.UNKNOWN)

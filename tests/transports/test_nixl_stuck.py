@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from transport_ends import PATIENCE_S, at, ended, need, source
+from engine_kit import one_byte, post
+from transport_ends import PATIENCE_S, Process, at, ended, eventually, need, source
 
 from tensorferry.backends import _nixl_poster
 from tensorferry.backends._nixl_engine import Agent, Request
@@ -15,6 +16,9 @@ from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.core.transport import Copy, Region, Status
 
 pytestmark = pytest.mark.timeout(120)
+
+MUCH = 48 << 20
+"""More than the kernel's buffers between two processes hold."""
 
 
 @dataclass
@@ -103,3 +107,30 @@ def test_an_agent_that_was_abandoned_stays_also_when_its_thread_comes_back(
     assert one.poll(handle) is Status.UNKNOWN
     assert ended(other, write(other, writer, region)) is Status.DONE, "it is placed as before"
     assert not agent.close()
+
+
+def test_a_source_is_not_free_at_close_while_another_thread_keeps_the_agent(
+    opened: Callable[..., NixlTransport], hang: Callable[[], Hang], process: Callable[..., Process]
+) -> None:
+    """UCX sends to the stopped peer when that goes on, from where it was told to, for there is still an agent."""
+    stopped, other = process(kind="nixl", require="tcp"), opened(require="tcp")
+    region, theirs = stopped.ask("share", nbytes=MUCH), other.register(other.allocate(4096))
+    one = opened(workers=2, require="tcp", progress_timeout=PATIENCE_S)
+    peer, second = one.connect(stopped.describe()), one.connect(other.describe())
+    assert ended(one, one_byte(one, peer, region)) is Status.DONE
+    assert ended(one, write(one, second, theirs)) is Status.DONE
+    assert peer.target.place != second.target.place
+    stopped.stop()
+    handle = post(one, peer, region, source(one, b"\x55" * MUCH))
+    eventually(lambda: peer.target.under_way)
+    held = hang()
+    write(one, second, theirs)
+    assert held.within.wait(PATIENCE_S)
+    one.close()
+    assert one.poll(handle) is Status.UNKNOWN
+    assert not one.source_free(handle)
+    held.go.set()
+    join(one)
+    assert not one.source_free(handle), "the agent is there, and so are its connections"
+    stopped.end()
+    eventually(lambda: one.source_free(handle), "the end of the peer")
