@@ -19,6 +19,7 @@ from importlib.machinery import PathFinder
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
 from tensorferry.backends._rdma import why_not_usable as why_not_usable
 from tensorferry.backends._variables import left_as_found
+from tensorferry.backends._wheel import brings, why_not_whole
 from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
@@ -216,11 +217,11 @@ def reinstall() -> str:
 def _is_brought(library: str) -> bool:
     """The engine's own wheel has it."""
     found = _distribution()
-    return found is not None and any(file.name == library for file in found.files or [])
+    return found is not None and brings(found, library)
 
 
 def check_installed() -> str:
-    """The engine's version. Raises Unfit where it is missing or too old."""
+    """The engine's version. Raises Unfit where it is missing, not whole or too old."""
     version = installed_version()
     if not version:
         raise Unfit("the Mooncake transfer engine is not installed", INSTALL)
@@ -228,6 +229,9 @@ def check_installed() -> str:
     if package is None or not PathFinder.find_spec("mooncake.engine", package.submodule_search_locations):
         lacks = "package" if package is None else "engine"
         raise Unfit(f"Mooncake {version} is installed by halves: its {lacks} is not there", reinstall())
+    found = _distribution()
+    if found is not None and (lacks := why_not_whole(found)):
+        raise Unfit(f"Mooncake {version} is installed by halves: {lacks}", reinstall())
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < MINIMUM:
         least = ".".join(map(str, MINIMUM))
         raise Unfit(

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tensorferry.backends._rdma import rdma_ports, why_not_usable
+from tensorferry.backends._wheel import brings, why_not_whole
 from tensorferry.core.cuda_driver import why_no_cuda
 from tensorferry.core.transport import EngineVariable
 
@@ -110,6 +111,9 @@ def module_name() -> str:
             return name
     there = [name for name in MODULES if importlib.util.find_spec(name) is not None]
     if not there:
+        if name := installed():
+            what = f"{name} {version(name)} is installed by halves: its package is not there"
+            raise Unfit(what, reinstall())
         raise Unfit("NIXL is not installed", INSTALL)
     wanted = f"nixl_cu{_torch_cuda()}"
     return wanted if wanted in there else there[0]
@@ -135,7 +139,10 @@ def package_folder(name: str) -> Path:
 
 
 def binding_file(name: str) -> Path:
-    """The engine's extension module. Raises Unfit where this Python has none."""
+    """The engine's extension module. Raises Unfit where this Python has none, or it cannot be whole."""
+    found = _distribution(name)
+    if found is not None and (lacks := why_not_whole(found)):
+        raise Unfit(f"{name} {found.version} is installed by halves: {lacks}", reinstall())
     folder = package_folder(name)
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}-"
     files = sorted(folder.glob("_bindings.*.so"))
@@ -152,11 +159,16 @@ def bundled(name: str, pattern: str) -> list[Path]:
     return sorted(package_folder(name).with_name(f"{name}.libs").glob(pattern))
 
 
-def version(name: str) -> str:
+def _distribution(name: str) -> metadata.Distribution | None:
     try:
-        return metadata.version(name.replace("_", "-"))
+        return metadata.distribution(name.replace("_", "-"))
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None
+
+
+def version(name: str) -> str:
+    found = _distribution(name)
+    return found.version if found is not None else "unknown"
 
 
 _MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object")
@@ -164,10 +176,9 @@ _MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object")
 
 def installed() -> str:
     """The package of the engine that there is, whole or not; "" for none."""
-    try:
+    if any(importlib.util.find_spec(name) is not None for name in MODULES):
         return module_name()
-    except Unfit:
-        return ""
+    return next((name for name in MODULES if _distribution(name) is not None), "")
 
 
 def reinstall() -> str:
@@ -178,11 +189,9 @@ def reinstall() -> str:
 
 def _is_brought(library: str) -> bool:
     """The engine's own wheel has it."""
-    try:
-        files = metadata.files(installed().replace("_", "-")) or []
-    except (metadata.PackageNotFoundError, ValueError):
-        return False
-    return any(file.name == library for file in files)
+    name = installed()
+    found = _distribution(name) if name else None
+    return found is not None and brings(found, library)
 
 
 def lacking(file: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from transport_ends import at, ended, eventually, need, source
+from transport_ends import at, ended, eventually, need, source, wheel
 
 from tensorferry import errors
 from tensorferry.backends import _mooncake_engine
@@ -266,6 +266,22 @@ def test_half_an_installation_is_seen_before_the_engine_is_asked_for(
     assert probe.readiness is Readiness.UNAVAILABLE
     assert f"installed by halves: its {lacks} is not there" in probe.reason
     assert "--force-reinstall" in probe.hint
+
+
+@pytest.mark.parametrize(("there", "said"), [(b"", "has 0 bytes, and 7 were brought"), (None, "is not there")])
+def test_a_library_that_ends_too_early_is_seen_before_whoever_touches_it_is_ended(
+    installed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bytes | None, said: str
+) -> None:
+    """As a full disk leaves it: the dynamic loader takes it, and the process ends by SIGBUS."""
+    folder = wheel(tmp_path, "mooncake-cut", "mooncake/engine.so", there)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(environment, "DISTRIBUTIONS", ("mooncake-cut",))
+    probe = MooncakeTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert probe.reason == f"Mooncake 9.9 is installed by halves: its engine.so {said}"
+    assert probe.hint == "pip install --force-reinstall --no-deps mooncake-cut"
+    with pytest.raises(errors.TransportUnavailable, match="installed by halves"):
+        MooncakeTransport(MooncakeOptions(**HERE))
 
 
 @pytest.mark.parametrize(("library", "package"), environment.LIBRARIES.items())

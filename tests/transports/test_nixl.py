@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from transport_ends import PATIENCE_S, at, ended, need, source
+from transport_ends import PATIENCE_S, at, ended, need, source, wheel
 
 from tensorferry import errors
 from tensorferry.backends import _nixl_engine, _nixl_keeping
@@ -492,6 +492,31 @@ def test_an_engine_for_another_python_is_told(monkeypatch: pytest.MonkeyPatch, t
     assert "this Python" in probe.reason
     assert "--force-reinstall --no-deps nixl-elsewhere" in probe.hint, "without it pip says that nothing is to be done"
     assert probe.facts["engine"] == "nixl_elsewhere unknown", "that it is there makes it a problem, not a note"
+
+
+def test_an_engine_of_which_pip_knows_and_python_does_not_is_installed_by_halves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(wheel(tmp_path, "nixl-hollow", "nixl_hollow/_bindings.so", None))
+    monkeypatch.setattr(environment, "MODULES", ("nixl_hollow",))
+    probe = NixlTransport.probe()
+    assert probe.reason == "nixl_hollow 9.9 is installed by halves: its package is not there"
+    assert probe.hint == "pip install --force-reinstall --no-deps nixl-hollow"
+    assert probe.facts["engine"] == "nixl_hollow 9.9", "that it is there makes it a problem, not a note"
+
+
+def test_a_library_that_ends_too_early_is_seen_before_whoever_touches_it_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a full disk leaves it: the dynamic loader takes it, and the process ends by SIGBUS."""
+    monkeypatch.syspath_prepend(wheel(tmp_path, "nixl-cut", "nixl_cut/_bindings.so", b"1234"))
+    monkeypatch.setattr(environment, "MODULES", ("nixl_cut",))
+    probe = NixlTransport.probe()
+    assert probe.readiness is Readiness.UNAVAILABLE
+    assert probe.reason == "nixl_cut 9.9 is installed by halves: its _bindings.so has 4 bytes, and 7 were brought"
+    assert probe.hint == "pip install --force-reinstall --no-deps nixl-cut"
+    with pytest.raises(errors.TransportUnavailable, match="installed by halves"):
+        NixlTransport(NixlOptions())
 
 
 @pytest.mark.parametrize(("library", "holder"), environment.PACKAGES.items())
