@@ -26,7 +26,7 @@ def ask(address: str, timeout: float) -> m.Hello:
         src=me, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=f"asking-{os.getpid()}-{me:x}", layout=bytes(16),
         block_size=0, pool_blocks=0, slabs=0, generations=b"", offers=(), revision=1, ack=0,
     )  # fmt: skip
-    control = Control(f"{me:016x}".encode())
+    control = Control(f"{me:016x}".encode(), patience=timeout)
     try:
         control.connect(address)
         end, next_question = time.monotonic() + timeout, 0.0
@@ -41,8 +41,10 @@ def ask(address: str, timeout: float) -> m.Hello:
                             f"it speaks protocol {message.version}, this side {m.PROTOCOL_VERSION}", peer=address
                         )
                     return message
+        trouble = control.trouble(address)
         raise PeerUnreachable(
             f"nobody answered within {timeout:g} s"
+            + (f"; its host is not found: {trouble}" if trouble else "")
             + (f"; dropped: {dict(control.dropped)}" if control.dropped else ""),
             peer=address,
             hint="Is it the control address of a running sender, and is the port open between the hosts?",

@@ -11,14 +11,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
+import time
+from collections import Counter, deque
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import count
 
 import zmq
 
 from tensorferry.core.errors import ConfigError, Overloaded
 from tensorferry.core.messages import Message
+from tensorferry.core.names import Lead, Names, lead
+from tensorferry.core.timing import Troubles
 from tensorferry.core.wire import MAX_FRAME_BYTES, BadFrame, decode, encode
 
 log = logging.getLogger("tensorferry.control")
@@ -72,6 +76,22 @@ class _Bell:
             os.close(self.fd)
 
 
+def _dial(socket: zmq.Socket[bytes], numeric: str) -> None:
+    """Connect to an address with no name in it: ZMQ would look that up where all peers' messages wait for it."""
+    socket.setsockopt(zmq.IPV6, int("[" in numeric))  # only then: a host may have no IPv6, not even for mapped IPv4
+    socket.connect(numeric)
+
+
+@dataclass(slots=True)
+class _Route:
+    """To an address that we connected to. `lead`: where its host's name leads, if it has one.
+    `unsent`: frames for a host that is still looked up."""
+
+    socket: zmq.Socket[bytes]
+    lead: Lead | None
+    unsent: deque[bytes] = field(default_factory=deque)
+
+
 class Control:
     """`bind`: the address to listen on, or empty. `identity`: what we call ourselves to those we connect to, followed
     there by "/" and the number of the route. `patience`: seconds within which somebody who comes back at an address has
@@ -83,12 +103,15 @@ class Control:
     def __init__(self, identity: bytes, bind: str = "", patience: float = 8.0) -> None:
         self.identity = identity
         self._opened = count(1)
+        self._patience = patience
         self._longest_pause_ms = max(FIRST_PAUSE_MS, min(LONGEST_PAUSE_MS, int(patience * 1000 / 8)))
         self.dropped: Counter[str] = Counter()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, min(MOST_ROUTES, self._context.get(zmq.SOCKET_LIMIT)))
         self._poller = zmq.Poller()
-        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._routes: dict[str, _Route] = {}
+        self._names = Names(self.wake)
+        self._troubles = Troubles()
         self._router: zmq.Socket[bytes] | None = None
         self._bell: _Bell | None = _Bell()
         self._poller.register(self._bell.fd, zmq.POLLIN)
@@ -107,31 +130,32 @@ class Control:
 
     def _listen(self, bind: str) -> None:
         _check_port(bind, 0)
-        self._router = self._socket(zmq.ROUTER, bind)
+        self._router = self._socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.IPV6, int("[" in bind))
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.bind(bind)
         self._poller.register(self._router, zmq.POLLIN)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, FLUSH_MS)
         socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
         socket.setsockopt(zmq.RCVHWM, RECEIVED_FRAMES)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        socket.setsockopt(zmq.IPV6, int("[" in address))
         socket.setsockopt(zmq.RECONNECT_IVL, FIRST_PAUSE_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, self._longest_pause_ms)
         return socket
 
     def connect(self, address: str) -> None:
-        """Open a route to `address`; nothing waits for it to answer. Raises ConfigError for what is no address."""
-        if address in self._dealers:
+        """Open a route to `address`; nothing waits for it to answer, nor for its host's name to be looked up. Raises
+        ConfigError for what is no address, Overloaded where there is no socket for it."""
+        if address in self._routes:
             return
         _check_port(address, 1)
         try:
-            socket = self._socket(zmq.DEALER, address)
+            socket = self._socket(zmq.DEALER)
         except zmq.ZMQError as problem:
             raise Overloaded(
                 f"no socket for another sender: {problem.strerror}", peer=address,
@@ -141,27 +165,61 @@ class Control:
         # A number for each: two addresses can be one listener's (a name and an IP, two IPs of 0.0.0.0), where the later
         # of two routes under one identity would take the earlier one's answers.
         socket.setsockopt(zmq.ROUTING_ID, b"%b/%d" % (self.identity, next(self._opened)))
-        try:
-            socket.connect(address)
-        except zmq.ZMQError as problem:
-            socket.close(0)
-            raise ConfigError(
-                f"{address!r} is no address to connect to: {problem.strerror}", hint="Give tcp://HOST:PORT"
-            ) from problem
-        self._dealers[address] = socket
+        route = _Route(socket, lead(address, self._patience))
+        if route.lead is not None:
+            self._names.ask(route.lead.name)
+        else:
+            try:
+                _dial(socket, address)
+            except zmq.ZMQError as problem:
+                socket.close(0)
+                raise ConfigError(
+                    f"{address!r} is no address to connect to: {problem.strerror}", hint="Give tcp://HOST:PORT"
+                ) from problem
+        self._routes[address] = route
         self._poller.register(socket, zmq.POLLIN)
 
     def disconnect(self, address: str) -> None:
         """Close the route to `address`, once what is queued has left. Nothing happens where there is none."""
-        socket = self._dealers.pop(address, None)
-        if socket is not None:
-            self._poller.unregister(socket)
-            socket.close(FLUSH_MS)
+        route = self._routes.pop(address, None)
+        if route is not None:
+            self._poller.unregister(route.socket)
+            route.socket.close(FLUSH_MS)
+
+    def trouble(self, address: str) -> str:
+        """Why the host of a route has no address just now; empty where it has one, or is still looked up."""
+        route = self._routes.get(address)
+        return route.lead.trouble if route is not None and route.lead is not None else ""
+
+    def _follow_names(self) -> None:
+        """What was looked up: routes are opened, or led to where their hosts have moved."""
+        for name, ips, trouble in self._names.answers():
+            now = time.monotonic()
+            if trouble and (more := self._troubles.worth_telling(name, now)) is not None:
+                log.warning("host %r is not found: %s%s", name, trouble, more)
+            for address, route in self._routes.items():
+                if route.lead is not None and route.lead.name == name:
+                    before = route.lead.numeric if route.lead.ip else ""
+                    if route.lead.found(ips, trouble, now):
+                        self._lead(address, route, route.lead, before)
+
+    def _lead(self, address: str, route: _Route, lead: Lead, before: str) -> None:
+        try:
+            if before:
+                log.info("%s is silent at %s; next: %s", address, before, lead.numeric)
+                route.socket.disconnect(before)
+            _dial(route.socket, lead.numeric)
+        except zmq.ZMQError as problem:
+            log.warning("%s cannot be connected to as %s: %s", address, lead.numeric, problem.strerror)
+            lead.ip = ""  # a new chance with the next look
+            return
+        while route.unsent:
+            self._queue(route.socket, route.unsent.popleft())
 
     @property
     def routes(self) -> tuple[str, ...]:
         """The addresses that were connected to."""
-        return tuple(self._dealers)
+        return tuple(self._routes)
 
     def send(self, route: str, message: Message) -> None:
         """Queue a message. What cannot be queued is dropped and counted: it will be said again."""
@@ -171,21 +229,35 @@ class Control:
             self.dropped["unencodable"] += 1
             log.exception("a message that cannot be encoded was dropped")
             return
-        try:
-            dealer = self._dealers.get(route)
-            if dealer is not None:
-                dealer.send(frame, zmq.NOBLOCK)
-            elif self._router is not None:
-                self._router.send_multipart([bytes.fromhex(route), frame], zmq.NOBLOCK)
-            else:
+        known = self._routes.get(route)
+        if known is not None:
+            self._say(known, frame)
+        elif self._router is not None:
+            try:
+                self._queue(self._router, bytes.fromhex(route), frame)
+            except ValueError:
                 self.dropped["no route"] += 1
-        except ValueError:
+        else:
             self.dropped["no route"] += 1
+
+    def _say(self, route: _Route, frame: bytes) -> None:
+        if route.lead is not None and route.lead.said(time.monotonic()):
+            self._names.ask(route.lead.name)
+        if route.lead is None or route.lead.ip:
+            self._queue(route.socket, frame)
+        elif len(route.unsent) < QUEUE_FRAMES:
+            route.unsent.append(frame)
+        else:
+            self.dropped["queue full"] += 1
+
+    def _queue(self, socket: zmq.Socket[bytes], *parts: bytes) -> None:
+        try:
+            socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
             self.dropped["queue full"] += 1
         except zmq.ZMQError as problem:
             self.dropped["unroutable"] += 1
-            log.debug("message to %s dropped: %s", route, problem)
+            log.debug("a message was dropped: %s", problem)
 
     def receive(self, timeout: float) -> list[tuple[str, Message]]:
         """Wait up to `timeout` seconds for frames or a wake; returns what decodes, with the route that answers it."""
@@ -193,10 +265,14 @@ class Control:
         if self._bell is not None and ready.pop(self._bell.fd, None):
             with suppress(BlockingIOError):
                 os.eventfd_read(self._bell.fd)
+        self._follow_names()
         received: list[tuple[str, Message]] = []
-        for address, dealer in self._dealers.items():
-            if dealer in ready:
-                self._drain(dealer, address, received)
+        for address, route in self._routes.items():
+            if route.socket in ready:
+                already = len(received)
+                self._drain(route.socket, address, received)
+                if route.lead is not None and len(received) > already:
+                    route.lead.heard()
         if self._router is not None and self._router in ready:
             self._drain(self._router, "", received)
         return received
@@ -231,8 +307,10 @@ class Control:
         if self._bell is None:
             return
         self._bell = None
-        for socket in [*self._dealers.values(), *([self._router] if self._router is not None else [])]:
-            socket.close(FLUSH_MS)
-        self._dealers.clear()
+        for route in self._routes.values():
+            route.socket.close(FLUSH_MS)
+        if self._router is not None:
+            self._router.close(FLUSH_MS)
+        self._routes.clear()
         self._router = None
         self._context.destroy(FLUSH_MS)  # which also closes a socket that an error left: term would wait for it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -102,3 +104,43 @@ def test_a_successor_of_the_sender_is_met_by_both_addresses(kind: str) -> None:
             assert_same(receiving[room].result(PATIENCE), given[room])
             sending[room].wait(PATIENCE)
         eventually(lambda: quay.receiver.free_blocks == 8)
+
+
+def test_a_name_service_that_does_not_answer_stops_no_other_room(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def slow(host: Any, *rest: Any, **more: Any) -> Any:
+        if host not in (b"slow.example", b"none.example"):
+            return real(host, *rest, **more)
+        asked.set()
+        assert answer.wait(2 * PATIENCE)
+        if host == b"none.example":
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with Quay(kind, **SIZES) as quay:
+        late = rows(300, 1, SMALL)
+        sending = quay.sender.send(1, **late)
+        port = quay.sender.address.rpartition(":")[2]
+        nowhere = quay.receiver.receive(2, f"tcp://none.example:{port}")
+        waiting = quay.receiver.receive(1, f"tcp://slow.example:{port}")
+        try:
+            eventually(asked.is_set)
+            for room in range(100, 105):
+                quay.carry(300, room=room, seed=room)
+            assert not waiting.done
+            assert not nowhere.done
+        finally:
+            answer.set()
+        assert_same(waiting.result(PATIENCE), late)
+        nowhere.cancel()
+        sending.wait(PATIENCE)
+
+
+def test_a_name_that_is_not_found_is_a_typed_error_in_time(kind: str) -> None:
+    with Quay(kind, **SIZES, heartbeat=0.1, peer_timeout=0.5) as quay:
+        nowhere = quay.receiver.receive(1, "tcp://a..b:5555")
+        quay.carry(100, room=2)
+        with pytest.raises(errors.PeerUnreachable):
+            nowhere.wait(PATIENCE)
