@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import tensorferry as tf
 from tensorferry import cli, schemas
-from tensorferry.commands import carrying, receive
+from tensorferry.commands import carrying, receive, serving
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import Column, Table
+from tensorferry.commands.token_file import open_file
+from tensorferry.core.errors import InternalError
 from tensorferry.core.settings import Settings
 
 QUICK = ("--peer-timeout", "1.5", "--heartbeat", "0.3")
@@ -309,6 +312,59 @@ def test_a_sender_that_is_restarted_at_its_address_goes_on_where_it_was(tmp_path
             assert receiver.returncode == 0, out + errors
             assert successor.end()[0] == 0
     assert (tmp_path / "clip.received.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_a_defect_of_one_receiver_ends_its_own_delivery_and_the_sender_goes_on(tmp_path):
+    file = small_file(tmp_path / "clip.safetensors")
+
+    def broken(*_):
+        raise ZeroDivisionError("a defect")
+
+    with sending(file, "--count", "0") as sender:
+        with tf.Receiver(tf.Layout([tf.Component("x", "float32", (4,))])) as theirs:
+            theirs._gatherer._begin = broken
+            with pytest.raises(InternalError, match="a defect"):
+                theirs.receive(17, sender.address).result(timeout=PATIENCE)
+            sender.until("(internal); the room stays open")
+        assert paste(sender.command, tmp_path).returncode == 0
+        sender.until("receiver 1: written and verified")
+        sender.process.send_signal(signal.SIGINT)
+        assert sender.end()[0] == 0
+
+
+def test_a_receiver_of_two_ranks_whose_second_never_comes_delays_the_others_and_no_more(tmp_path):
+    file = small_file(tmp_path / "clip.safetensors")
+    with sending(file, "--announce-deadline", "2") as sender:
+        layout, group = tf.Layout([tf.Component("x", "float32", (4,))]), tf.Group(0, 2, leader="tcp://127.0.0.1:0")
+        with tf.Receiver(layout, group=group) as theirs:
+            opened = theirs.receive(17, sender.address)
+            sender.until("a receiver has opened room 17")
+            opened.cancel()
+            sender.until("room 17 is in use until every rank of its last receiver is heard of")
+        sender.until("room 17 is open at")  # after announce_deadline
+        assert paste(sender.command, tmp_path).returncode == 0
+        assert sender.end()[0] == 0
+
+
+def test_offers_that_fail_at_once_are_no_hot_loop(monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "PAUSE_SECONDS", 1e9)
+    offers, said = [], []
+
+    def offer(*_, **__):
+        offers.append(InternalError("a defect"))
+        return SimpleNamespace(done=True, error=offers[-1], status="FAILED", transport="", sent_tokens=0)
+
+    sender, view = SimpleNamespace(send=offer, announce=offer), SimpleNamespace(line=said.append)
+    file = open_file(str(small_file(tmp_path / "clip.safetensors")))
+    one = serving.Serving(file, 17, 1, receipts=False)
+    for _ in range(3):
+        one._keep_on_offer(sender)
+        one._look(view)
+    assert (len(offers), list(one.failures)) == (1, offers)
+    assert said == ["not delivered: a defect (internal); the room stays open"]
+    one._pause_ends = 0.0
+    one._keep_on_offer(sender)
+    assert len(offers) == 2
 
 
 # ---- sides that do not fit

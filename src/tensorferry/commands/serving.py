@@ -1,7 +1,8 @@
 """The embedding side of `tensorferry send`: one room, offered again and again until enough receivers have it.
 
-What a receiver does wrong, or what happens to it, ends its own transfer and nothing else. Two rooms are on offer at
-any time: the rows, and the receipt, by which a receiver says that its file is written.
+What a receiver does wrong, or what happens to it, ends its own transfer and nothing else; nor does a defect of either
+side's, for what a receiver says of itself comes by the wire. Two rooms are on offer at any time: the rows, and the
+receipt, by which a receiver says that its file is written.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.commands.carry_view import View, in_bytes
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import told
 from tensorferry.commands.token_file import BadFile, TokenFile
-from tensorferry.core.errors import DeadlineExceeded, Fault, FerryError
+from tensorferry.core.errors import DeadlineExceeded, FerryError, RoomInUse
 from tensorferry.core.settings import Settings
 from tensorferry.reachable import reachable
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from tensorferry.plugins.rendezvous import Publication
 
 TICK_SECONDS = 0.01
+
+PAUSE_SECONDS = 0.5
+"""From an offer that failed to the next: what fails each of them at once is not to become a hot loop."""
 
 MOST_KEPT = 100
 """Deliveries, and failed ones, that the report lists: a sender may run for weeks."""
@@ -59,6 +64,8 @@ class Serving:
         self._last_arrival = 0.0
         self._offer: SendTransfer | None = None
         self._receipt: SendTransfer | None = None
+        self._pause_ends = 0.0
+        self._taken = False  # the room cannot be offered: what its last receiver opened is not over
         self._looked = 0.0  # when this offer was last seen without a receiver
         self._began = 0.0  # the same, once it has one: never later than the receiver came
 
@@ -101,13 +108,19 @@ class Serving:
                 self._look(view)
 
     def _keep_on_offer(self, sender: Sender) -> None:
-        file = self.file
+        file, now = self.file, time.monotonic()
+        if now < self._pause_ends:
+            return
         if self._offer is None and not self._winding_up():
             note = Note(file.digest, RECEIPTS | self.room if self._receipts else 0)
-            self._offer = sender.send(self.room, content_id=file.digest, aux=note.words(), **file.components)
-            self._began, self._looked = 0.0, time.monotonic()
+            try:
+                self._offer = sender.send(self.room, content_id=file.digest, aux=note.words(), **file.components)
+                self._began, self._looked, self._taken = 0.0, now, False
+            except RoomInUse:  # a receiver of several ranks has ended, and not all of them have been heard of
+                self._taken = True
         if self._receipts and self._receipt is None:
-            self._receipt = sender.announce(RECEIPTS | self.room, 0, content_id=file.digest)
+            with suppress(RoomInUse):  # the same: the next tick tries again
+                self._receipt = sender.announce(RECEIPTS | self.room, 0, content_id=file.digest)
 
     def _winding_up(self) -> bool:
         """Whether the file has changed and a receiver is still writing what it was. Raises BadFile once none is."""
@@ -141,10 +154,14 @@ class Serving:
                 view.wait("the rows have arrived; the receiver writes its file")
             else:
                 view.wait(f"room {self.room} is open at {self.addresses[0]}, waiting for a receiver")
+        elif self._taken:
+            view.wait(f"room {self.room} is in use until every rank of its last receiver is heard of or given up")
         if receipt is not None and receipt.done:
             self._receipt = None
             if receipt.error is None:
                 self._count(view)
+            else:
+                self._pause_ends = time.monotonic() + PAUSE_SECONDS
 
     def _ended(self, offer: SendTransfer, view: View) -> None:
         self.transport = offer.transport or self.transport
@@ -154,10 +171,9 @@ class Serving:
             if not self._receipts:
                 self._count(view)
             return
-        if offer.error.fault is Fault.OURS:
-            raise offer.error
         if offer.error.code == "deadline" and not self._began:
             return  # nobody came within transfer_deadline: the next offer has another one
+        self._pause_ends = time.monotonic() + PAUSE_SECONDS
         self.failures.append(offer.error)
         view.line(f"not delivered: {offer.error.cause} ({offer.error.code}); the room stays open")
 
