@@ -6,9 +6,9 @@ import argparse
 import os
 from typing import Any
 
+from tensorferry.commands import examining, probing
 from tensorferry.commands.flags import add_settings, load_settings, setting_names
 from tensorferry.commands.output import Exit, Output
-from tensorferry.core.errors import FerryError
 from tensorferry.core.settings import descriptions
 
 _EXAMPLES = """\
@@ -69,13 +69,15 @@ def _engine_variables() -> list[dict[str, str]]:
     """What each installed transport sets when it is opened, and what holds: the user's own value wins."""
     from tensorferry.plugins import registry
 
+    distributions: dict[str, set[str]] = {}
+    for plugin in registry.available():
+        distributions.setdefault(plugin.name, set()).add(plugin.distribution)
+    foreign = [name for name, theirs in distributions.items() if theirs != {"tensorferry"}]
+    told = probing.ask_each(foreign, lambda name: examining.ask_variables(name, probing.DEFAULT_SECONDS))
     found = []
-    for name in dict.fromkeys(plugin.name for plugin in registry.available()):
-        try:
-            sets = registry.load(name).sets
-        except FerryError:  # `tensorferry transports` says what is wrong with it
-            continue
-        for variable in sets:
+    for name in distributions:
+        # Of ours none imports its engine for this; what others import may crash, or hang.
+        for variable in told[name] if name in told else examining.variables(name):
             theirs = os.environ.get(variable.name)
             found.append({
                 "name": variable.name,

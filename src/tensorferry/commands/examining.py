@@ -1,8 +1,9 @@
 """A transport looked at more closely, in a process of its own: `python -m tensorferry.commands.examining …`.
 
 `transport NAME` asks its probe and, if that finds it usable, opens it for a moment: what it then says of its path, and
-which sockets it listens on. `verbs` asks the system's libibverbs which devices it has a driver for. Each answer is a
-line of JSON, so that what comes before a crash or a hang is known.
+which sockets it listens on. `variables NAME` imports it and tells which variables it sets. `verbs` asks the system's
+libibverbs which devices it has a driver for. Each answer is a line of JSON, so that what comes before a crash or a hang
+is known.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 from tensorferry.commands import probing
 from tensorferry.commands.listening import Listener, own_listeners, own_sockets
-from tensorferry.core.errors import TransportUnavailable
-from tensorferry.core.transport import Probe, Readiness
+from tensorferry.core.errors import FerryError, TransportUnavailable
+from tensorferry.core.transport import EngineVariable, Probe, Readiness
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,26 @@ def examine(name: str, seconds: float, *, debug: bool = False) -> Examined:
         return Examined(replace(probe, facts=probe.facts | last), refused=f"opening it: its process {why}", hint=hint)
 
 
+def ask_variables(name: str, seconds: float) -> list[EngineVariable]:
+    """As `variables`, asked in a process of its own; none where that crashes or hangs."""
+    ended = probing.run_child(__spec__.name, "variables", name, seconds=seconds)
+    try:
+        return [EngineVariable(*map(str, one)) for one in json.loads(ended.said)]
+    except (ValueError, TypeError):
+        return []
+
+
+def variables(name: str) -> list[EngineVariable]:
+    """What a transport sets of its engine's environment. None where it cannot be loaded: `tensorferry transports` says
+    what is wrong with it."""
+    from tensorferry.plugins import registry
+
+    try:
+        return list(registry.load(name).sets)
+    except FerryError:
+        return []
+
+
 def ask_verbs(seconds: float) -> Verbs:
     ended = probing.run_child(__spec__.name, "verbs", seconds=seconds)
     if ended.how:
@@ -105,7 +126,6 @@ class _Opened:
 
 def _open(name: str) -> _Opened:
     from tensorferry.commands.host_facts import interface_addresses
-    from tensorferry.core.errors import FerryError
     from tensorferry.plugins import registry
 
     before = own_sockets()
@@ -142,6 +162,8 @@ def main() -> int:
     if asked[0] == "verbs":
         found = _verbs()
         print(json.dumps({"devices": found.devices, "problem": found.problem}), file=own)
+    elif asked[0] == "variables":
+        print(json.dumps([[one.name, one.value, one.reason] for one in variables(asked[1])]), file=own)
     else:
         from tensorferry.plugins import registry
 
