@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
+from tensorferry.commands import probing
 from tensorferry.commands.demo_plan import Plan
 from tensorferry.commands.demo_view import View
 from tensorferry.commands.demo_wire import GRACE_SECONDS
-from tensorferry.commands.output import MissingExtra
 from tensorferry.core.children import end_in_words, nameless_file
-from tensorferry.core.errors import DeadlineExceeded, FerryError, PeerLost, from_code
+from tensorferry.core.errors import DeadlineExceeded, PeerLost
 
 START_SECONDS = 180.0
 """Longest start of a side: importing torch takes seconds, and many times that on a machine that is busy."""
@@ -141,7 +141,7 @@ class Sides:
             if event is None:
                 raise side.lost()
             if event["event"] == "error":
-                raise _error(event["error"])
+                raise probing.error_of(event["error"])
             yield side, event
 
     def end(self) -> None:
@@ -220,15 +220,3 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _error(told: dict[str, Any]) -> FerryError:
-    """A side's error, as its own class again."""
-    error: FerryError
-    if told["code"] == MissingExtra.code:
-        error = MissingExtra(told["cause"])
-    else:
-        error = from_code(told["code"], told["cause"], room=told["room"], peer=told["peer"])
-    error.hint, error.transport = told["hint"], told["transport"]
-    error.memory_reusable = told["memory_reusable"]
-    return error

@@ -49,24 +49,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="transports to examine (default: all)")
-    parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=probing.DEFAULT_SECONDS,
-        metavar="SECONDS",
-        help="longest wait for one transport (default %(default)g)",
-    )
+    probing.add_timeout(parser, "longest wait for one transport")
     parser.set_defaults(run=run)
-
-
-def _seconds(given: str) -> float:
-    try:
-        value = float(given)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"{given!r} is not a number of seconds between 0 and 3600")
-    return value
 
 
 def run(args: argparse.Namespace, out: Output) -> Exit:

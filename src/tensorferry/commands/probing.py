@@ -6,6 +6,7 @@ that it prints, forks or leaves behind stays with the command that asks.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -14,16 +15,21 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any, TypeVar
 
 from tensorferry.commands.interrupts import all_as_interrupt
+from tensorferry.commands.output import MissingExtra
 from tensorferry.core.children import end_in_words, nameless_file
+from tensorferry.core.errors import FerryError, from_code
+from tensorferry.core.setting_values import seconds as seconds_of
 from tensorferry.core.transport import Probe, Readiness
 
 DEFAULT_SECONDS = 30.0
 """Longest wait for one answer. Importing an engine takes seconds; a probe itself must not take long."""
+
+LONGEST_SECONDS = 3600.0
 
 AT_ONCE = 4
 
@@ -31,6 +37,27 @@ _PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 
 Answer = TypeVar("Answer")
+
+
+def add_timeout(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag that bounds each answer."""
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=DEFAULT_SECONDS,
+        metavar="SECONDS",
+        help=f"{what} (default %(default)g)",
+    )
+
+
+def _seconds(given: str) -> float:
+    try:
+        value = seconds_of(given)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a time between 0 and {LONGEST_SECONDS:g} seconds")
+    return value
 
 
 # ---- in the command ----------------------------------------------------------------------------------------------
@@ -150,6 +177,18 @@ def parse(answer: bytes) -> Probe:
         return Probe(Readiness(told["readiness"]), reason, hint, facts, path)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Probe(Readiness.BROKEN, f"its probe answered {answer[:80]!r}")
+
+
+def error_of(told: Mapping[str, Any]) -> FerryError:
+    """An error that a child has told by its `as_dict`, as its own class again."""
+    error: FerryError
+    if told["code"] == MissingExtra.code:
+        error = MissingExtra(told["cause"])
+    else:
+        error = from_code(told["code"], told["cause"], room=told["room"], peer=told["peer"])
+    error.hint, error.transport = told["hint"], told["transport"]
+    error.memory_reusable = told["memory_reusable"]
+    return error
 
 
 def one_line(words: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorferry.commands import carrying, examining, probing
+from tensorferry.commands import carrying, examining, probing, surveying
+from tensorferry.commands.flags import add_settings, load_settings
 from tensorferry.commands.output import BadFlag, Exit, Output, exit_for
 from tensorferry.core.errors import FerryError
-from tensorferry.core.setting_values import seconds
+from tensorferry.core.settings import Settings
 
 if TYPE_CHECKING:
-    from tensorferry.core.selection import Verdict
+    from tensorferry.commands.surveying import Survey
     from tensorferry.plugins.registry import Plugin, Ranked
 
 _EXAMPLES = """\
@@ -32,9 +34,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "transports",
         parents=[common],
         help="what can move bytes here, and why not the others",
-        description="Ask every installed transport whether it can work on this machine. Each is asked in a process of "
-        "its own, so that one which crashes or hangs is a line like any other. Exit status 3: none is usable; with "
-        "--peer also: none joins the two sides.",
+        description="Ask every installed transport whether it can work on this machine, and open it for a moment where "
+        "it says so. Each is asked in a process of its own, so that one which crashes or hangs is a line like any "
+        "other. With --peer the answer is that of a receiver with the settings that hold here (flags, TENSORFERRY_*, "
+        "file). Exit status 3: none is usable between two processes; with --peer also: none joins the two sides.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--why", action="store_true", help="show reasons, hints and facts")
@@ -43,113 +46,83 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="ADDR",
         help="the control address of a running sender: say also which transport both sides would take",
     )
-    parser.add_argument(
-        "--require", choices=["rdma"], help="with --peer: what the bytes must travel by, as in the setting `require`"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=probing.DEFAULT_SECONDS,
-        metavar="SECONDS",
-        help="longest wait for one transport's answer, and for the peer's (default %(default)g)",
-    )
+    probing.add_timeout(parser, "longest wait for one transport's answer, and for the peer's")
+    add_settings(parser.add_argument_group("with --peer, settings of the receiver"), ["transport", "require"])
     parser.set_defaults(run=run)
-
-
-def _seconds(text: str) -> float:
-    return seconds(text)
-
-
-_seconds.__name__ = "time"
 
 
 def run(args: argparse.Namespace, out: Output) -> Exit:
     from tensorferry.plugins import registry
 
-    if args.peer is not None and not args.peer.strip():
-        raise BadFlag("--peer is empty", hint="Give the control address of a running sender, tcp://HOST:PORT")
-    if args.require and args.peer is None:
-        raise BadFlag("--require says what the bytes between two sides must travel by", hint="Give --peer ADDR as well")
+    address = "" if args.peer is None else _peer(args.peer)
+    for flag, given in (("--transport", args.setting_transport), ("--require", args.setting_require)):
+        if given is not None and not address:
+            raise BadFlag(f"{flag} is about the bytes between two sides", hint="Give --peer ADDR as well")
+    settings = load_settings(args).settings if address else Settings()
     names = (plugin.name for plugin in registry.available())
     examined = examining.examine_each(names, args.timeout, debug=args.debug)
     found = registry.ranked(lambda name: examined[name].answer)
-    usable = any(entry.probe.usable for entry in found)
-    peer: _Peer | None = None
+    if not out.json:
+        _show_found(found, out, why=args.why)  # first: a peer may take its time
+    survey: Survey | None = None
     error: FerryError | None = None
-    address = "" if args.peer is None else carrying.address(args.peer)
     if address:
         try:
-            peer = _Peer.survey(address, args.require or "", args.timeout)
+            survey = surveying.survey(address, settings, args.timeout, debug=args.debug)
         except FerryError as caught:  # what was found here is told all the same
             error = caught
+    joined = survey is None or survey.chosen is not None
+    usable = any(entry.probe.usable for entry in found if entry.name not in registry.NEVER_AUTOMATIC)
     if out.json:
-        ok = usable and error is None and (peer is None or peer.chosen is not None)
-        told: dict[str, Any] = {"status": "ok" if ok else "failed", "transports": [_as_dict(entry) for entry in found]}
-        if peer is not None:
-            told["peer"] = peer.as_dict()
+        told: dict[str, Any] = {
+            "status": "ok" if usable and joined and error is None else "failed",
+            "transports": [_as_dict(entry) for entry in found],
+        }
+        if survey is not None:
+            told["peer"] = survey.as_dict()
         elif error is not None:
             told["peer"] = {"address": address, "error": error.as_dict()}
         out.object(told)
-    else:
-        if args.why:
-            for entry in found:
-                _explain(entry, out)
-        else:
-            out.table(
-                ["transport", "provided by", "status", "reason"],
-                [[e.name, _providers(e.plugins), str(e.probe.readiness), _without_status(e)] for e in found],
-            )
-        if peer is not None:
-            peer.show(out)
-        elif error is not None:
-            out.error(error)
+    elif survey is not None:
+        _show(survey, out)
+    elif error is not None:
+        out.error(error)
     if error is not None:
         return exit_for(error)
-    return Exit.OK if usable and (peer is None or peer.chosen is not None) else Exit.CANNOT_RUN_HERE
+    return Exit.OK if usable and joined else Exit.CANNOT_RUN_HERE
 
 
-class _Peer:
-    """What a sender offers, against what can be chosen here."""
+def _show_found(found: Sequence[Ranked], out: Output, *, why: bool) -> None:
+    if why:
+        for entry in found:
+            _explain(entry, out)
+    else:
+        out.table(
+            ["transport", "provided by", "status", "reason"],
+            [[e.name, _providers(e.plugins), str(e.probe.readiness), _without_status(e)] for e in found],
+        )
 
-    def __init__(self, address: str, name: str, verdicts: Sequence[Verdict]) -> None:
-        self.address = address
-        self.name = name
-        self.verdicts = verdicts
-        self.chosen = next((v.name for v in verdicts if v.viable), None)
 
-    @classmethod
-    def survey(cls, address: str, require: str, timeout: float) -> _Peer:
-        """Ask it, and try each common transport as a receiver here would. Raises PeerUnreachable and its kin."""
-        from tensorferry.core.asking import ask
-        from tensorferry.core.carriers import Carriers
-        from tensorferry.plugins.registry import open_automatic
+def _peer(text: str) -> str:
+    """A sender's control address. Raises BadFlag for what cannot be one."""
+    address = carrying.address(text.strip())
+    match = re.fullmatch(r"tcp://[^/\s]+:([0-9]+)", address)
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise BadFlag(
+            f"--peer {text!r} is no control address of a sender",
+            hint="Give it as tcp://HOST:PORT, with port 1 to 65535",
+        )
+    return address
 
-        hello = ask(address, timeout)
-        opened, passed_over = open_automatic()
-        carriers = Carriers(opened, require=require, passed_over=passed_over)
-        try:
-            reach, _ = carriers.survey(hello, address)
-            reach.disconnect()
-            return cls(address, hello.name, reach.verdicts)
-        finally:
-            carriers.close()
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "address": self.address,
-            "name": self.name,
-            "chosen": self.chosen,
-            "transports": [
-                {"name": v.name, "path": v.path, "viable": v.viable, "reason": v.reason} for v in self.verdicts
-            ],
-        }
-
-    def show(self, out: Output) -> None:
-        out.line()
-        out.line(f"with the sender at {self.address}: {self.chosen or 'no transport joins the two sides'}")
-        width = max((len(v.name) for v in self.verdicts), default=0)
-        for v in self.verdicts:
-            out.line(f"    {v.name.ljust(width)}  {v.reason}")
+def _show(survey: Survey, out: Output) -> None:
+    out.line()
+    out.line(f"with the sender at {survey.address}: {survey.chosen or 'no transport joins the two sides'}")
+    width = max((len(v.name) for v in survey.verdicts), default=0)
+    for v in survey.verdicts:
+        out.line(f"    {v.name.ljust(width)}  {v.reason}")
+    if survey.no_way is not None and survey.no_way.hint:
+        out.line(f"hint: {survey.no_way.hint}")
 
 
 def _as_dict(entry: Ranked) -> dict[str, Any]:
