@@ -45,9 +45,9 @@ def rdma_ports() -> dict[str, bool]:
     return devices
 
 
-def why_not_usable(devices: Collection[str]) -> tuple[str, str]:
+def why_not_usable(devices: Collection[str], engine: int = 0) -> tuple[str, str]:
     """Why this process cannot use any of these active devices, and what helps: it may not open them, or may not lock
-    the memory that they would read and write. ("", "") where neither is so.
+    the memory that they would read and write, and `engine` bytes of the engine's own. ("", "") where neither is so.
 
     An engine does not say: Mooncake takes TCP without a word where it cannot open a device, and UCX tries again for
     ever, with a core and deaf to signals, where memory cannot be locked.
@@ -56,12 +56,13 @@ def why_not_usable(devices: Collection[str]) -> tuple[str, str]:
     opened, refused = first_opened({device: files.get(device, "") for device in devices})
     if not opened:
         return "; ".join(refused), MAY_BE_OPENED
-    limit = memlock()
-    if limit == UNLIMITED or may_lock() or limit >= NEEDS_LOCKED:
+    limit, needed = memlock(), NEEDS_LOCKED + engine
+    if limit == UNLIMITED or may_lock() or limit >= needed:
         return "", ""
+    what = "pool, staging and the engine's own buffers" if engine else "pool and staging"
     return (
-        f"`ulimit -l` allows {limit >> 10} KiB to be locked, and RDMA locks pool and staging: {NEEDS_LOCKED >> 10} KiB "
-        "with default settings",
+        f"`ulimit -l` allows {limit >> 10} KiB to be locked, and RDMA locks {what}: {needed >> 10} KiB with default "
+        "settings",
         MAY_BE_LOCKED,
     )
 

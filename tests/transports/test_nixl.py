@@ -53,7 +53,7 @@ def one(installed: None) -> Iterator[NixlTransport]:
 def active(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a host with an active RDMA device that this process may use."""
     monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": True})
-    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
+    monkeypatch.setattr(environment, "why_not_usable", lambda *_: ("", ""))
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_rdma_that_is_not_there_is_not_replaced(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, "rdma_ports", lambda: ports)
-    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
+    monkeypatch.setattr(environment, "why_not_usable", lambda *_: ("", ""))
     monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(errors.TransportUnavailable, match=cause) as caught:
         NixlTransport(NixlOptions(require="rdma"))
@@ -233,7 +233,7 @@ def test_a_device_that_this_process_may_not_use_is_kept_from_ucx_and_the_rest_wo
     installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
 ) -> None:
     """Given it, UCX would try for ever to register memory that may not be locked."""
-    monkeypatch.setattr(environment, "why_not_usable", lambda _: LOCKED)
+    monkeypatch.setattr(environment, "why_not_usable", lambda *_: LOCKED)
     probe = NixlTransport.probe()
     assert (probe.readiness, probe.path, probe.hint) == (Readiness.DEGRADED, "tcp", LOCKED[1])
     assert LOCKED[0] in probe.reason
@@ -248,12 +248,22 @@ def test_a_device_that_this_process_may_not_use_is_kept_from_ucx_and_the_rest_wo
 def test_where_the_user_leaves_ucx_nothing_but_a_device_that_cannot_be_used_that_is_told(
     installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
 ) -> None:
-    monkeypatch.setattr(environment, "why_not_usable", lambda _: LOCKED)
+    monkeypatch.setattr(environment, "why_not_usable", lambda *_: LOCKED)
     monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
     monkeypatch.setenv("UCX_TLS", "rc")
     with pytest.raises(errors.TransportUnavailable, match=r"UCX_TLS=rc lets UCX use RDMA alone.*8192 KiB"):
         NixlTransport(NixlOptions())
     assert NixlTransport.probe().readiness is Readiness.UNAVAILABLE
+
+
+def test_what_ucx_locks_itself_has_to_be_allowed_too(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
+) -> None:
+    """139 MiB for an agent, as measured. It hung where the limit had room for pool and staging alone."""
+    monkeypatch.setattr(environment, "why_not_usable", lambda _, engine=0: LOCKED if engine >= 139 << 20 else ("", ""))
+    assert environment.why_not_rdma() == LOCKED
+    environment.prepare()
+    assert os.environ["UCX_MODULES"] == "^ib"
 
 
 def test_an_agent_that_does_not_come_back_from_its_start_is_given_up(
@@ -419,7 +429,7 @@ def test_on_a_host_with_an_rdma_device_ucx_keeps_its_modules(
     no_variables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "rdma_ports", lambda: {"mlx5_0": False})
-    monkeypatch.setattr(environment, "why_not_usable", lambda _: ("", ""))
+    monkeypatch.setattr(environment, "why_not_usable", lambda *_: ("", ""))
     environment.prepare()
     assert "UCX_MODULES" not in os.environ
 

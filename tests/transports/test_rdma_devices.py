@@ -60,6 +60,10 @@ def test_too_little_locked_memory_is_told_with_its_remedy(device: Path, monkeypa
     assert "memlock=-1" in remedy
     limited(monkeypatch, _rdma.NEEDS_LOCKED)
     assert _rdma.why_not_usable(["mlx5_0"]) == ("", "")
+    cause, _ = _rdma.why_not_usable(["mlx5_0"], 1 << 20)
+    assert "pool, staging and the engine's own buffers: 132096 KiB" in cause
+    limited(monkeypatch, _rdma.NEEDS_LOCKED + (1 << 20))
+    assert _rdma.why_not_usable(["mlx5_0"], 1 << 20) == ("", "")
     limited(monkeypatch, resource.RLIM_INFINITY)
     assert _rdma.why_not_usable(["mlx5_0"]) == ("", "")
 
