@@ -178,6 +178,11 @@ class EtcdDirectory(Directory):
             raise DirectoryUnavailable(f"{self} has not ended {_MOST_ASKING} answers that it began")
         answer: Future[T] = Future()
         end = time.monotonic() + self._seconds
+        given_back = threading.Lock()
+
+        def give_back() -> None:
+            if given_back.acquire(blocking=False):  # once: where `start` is interrupted, the thread may have begun
+                self._asking.release()
 
         def ask() -> None:
             try:
@@ -185,9 +190,17 @@ class EtcdDirectory(Directory):
             except BaseException as problem:  # noqa: BLE001 - it is the caller's, who waits for it
                 answer.set_exception(problem)
             finally:
-                self._asking.release()
+                give_back()
 
-        threading.Thread(target=ask, name="tensorferry-etcd", daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="tensorferry-etcd", daemon=True).start()
+        except BaseException as problem:
+            give_back()
+            if isinstance(problem, RuntimeError):  # the system has no more threads
+                raise DirectoryUnavailable(
+                    f"{self} cannot be asked: {problem}", hint="The process is at its limit of threads: ulimit -u"
+                ) from None
+            raise
         try:
             return answer.result(self._seconds)
         except TimeoutError:

@@ -327,6 +327,45 @@ def test_a_server_that_never_ends_an_answer_is_asked_by_so_many_threads_and_no_m
         until(lambda: answers(directory), "the threads to end")
 
 
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        (RuntimeError("can't start new thread"), errors.DirectoryUnavailable),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_thread_that_cannot_be_started_is_a_typed_error_and_takes_nothing_with_it(monkeypatch, problem, kind):
+    def start(self: threading.Thread) -> None:
+        raise problem
+
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        nobody = one.getsockname()[1]
+    with open_directory(f"etcd://127.0.0.1:{nobody}") as directory:
+        with monkeypatch.context() as limit:
+            limit.setattr(threading.Thread, "start", start)
+            for _ in range(etcd_backend._MOST_ASKING + 1):
+                with pytest.raises(kind):
+                    directory.lookup("encoder-0")
+        with pytest.raises(errors.DirectoryUnavailable, match="Connection refused"):
+            directory.lookup("encoder-0")
+
+
+def test_an_interrupt_once_the_thread_has_begun_gives_its_place_back_once(monkeypatch):
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        real(self)
+        self.join()
+        raise KeyboardInterrupt
+
+    with open_directory("etcd://127.0.0.1:1") as directory:
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(threading.Thread, "start", start)
+            with pytest.raises(KeyboardInterrupt):
+                directory.lookup("encoder-0")
+        assert directory._asking._value == etcd_backend._MOST_ASKING
+
+
 def test_nobody_at_the_port_says_so_and_another_member_is_asked(etcd, url, directory):
     with socket.create_server(("127.0.0.1", 0)) as one:
         dead = one.getsockname()[1]
