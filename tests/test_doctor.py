@@ -333,6 +333,36 @@ def test_the_firewall_keeps_the_ports_for_the_peers_and_for_nobody_else() -> Non
     assert exposure.firewall({"acme": listens(HERE, authentication="none")}, []) == ""
 
 
+def test_a_range_is_believed_only_if_what_was_seen_lies_in_it() -> None:
+    told = {"authentication": "none: walk in"}
+    within = listens(ANYWHERE, **told, ports="5555, 15000-17000")
+    assert "tcp dport { 5555, 15000-17000 } drop" in exposure.firewall({"acme": within}, [])
+    assert len(exposure.findings({"acme": within})) == 1
+    for wrong in ("16000-17000", "17000-15000", "15001 }; accept", "any", "15000-99999"):
+        outside = listens(ANYWHERE, **told, ports=wrong)
+        rules = exposure.firewall({"acme": outside}, [])
+        assert "tcp dport { 15001 } drop" in rules
+        assert wrong not in rules
+        open_door, liar = exposure.findings({"acme": outside})
+        assert "(15001)" in open_door.remedy
+        assert (liar.severity, wrong in liar.what, "15001" in liar.what) == (Severity.WARNING, True, True)
+
+
+def test_ports_that_are_others_each_time_make_no_rule_but_a_remedy() -> None:
+    seen = Listener("tcp", "0.0.0.0", 41011, Scope.ALL, ("eth0",))
+    told = {"authentication": "none: walk in"}
+    free = listens(seen, **told)
+    assert exposure.firewall({"nixl": free}, ["10.0.0.0/24"]) == ""
+    (found,) = exposure.findings({"nixl": free})
+    assert "set UCX_TCP_PORT_RANGE=17100-17200 (two ports for each worker), then ask again" in found.remedy
+    assert "41011" not in found.remedy
+    both = exposure.firewall({"acme": listens(ANYWHERE, **told), "nixl": free}, [])
+    assert "# Not in here: nixl" in both
+    assert "41011" not in both
+    fixed = listens(Listener("tcp", "0.0.0.0", 17101, Scope.ALL), **told, ports="17100-17200")
+    assert "tcp dport { 17100-17200 } drop" in exposure.firewall({"nixl": fixed}, [])
+
+
 # ---- RDMA, from files --------------------------------------------------------------------------------------------
 
 
