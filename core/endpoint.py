@@ -56,8 +56,9 @@ CALL_SECONDS = 60.0
 class Endpoint:
     """Base of the two endpoints. Subclasses supply `_on_message`, `_carry_out`, `_progress`, `_tick`, `_wind_down`.
 
-    A subclass's constructor works inside `with self._undo` and ends with `_start`: what it leaves by raising is closed
-    by then, the last opened first. The transports are not: whoever opened them closes them, unless this succeeds.
+    A subclass's constructor ends with `_start`, and calls `_undo.close()` whatever it leaves by raising, Ctrl-C too:
+    what was opened is closed by then, the last first, and the thread ended before. The transports are not, unless the
+    thread had begun: whoever opened them closes them, unless this succeeds.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Endpoint:
         self._closing = False
         self._stopped = threading.Event()
         self._over = False  # the I/O thread has nothing left to do
+        self._begin = threading.Lock()  # taken by the I/O thread when it begins, or by who will not have it begin
         self._thread = EndpointThread(target=self._run, name=f"tensorferry-{self.name}", daemon=True)
         with ExitStack() as undo:
             self._control = Control(_identity(self.incarnation), bind, settings.peer_timeout)
@@ -99,8 +101,13 @@ class Endpoint:
 
     def _start(self) -> None:
         """The last line of a constructor: from here on, the I/O thread gives back what was opened."""
+        self._undo.callback(self._unstart)  # before: an interrupt may arrive as soon as the thread has begun
         self._thread.start()
-        self._undo.pop_all()
+
+    def _unstart(self) -> None:
+        """The constructor was left after all: no thread may go on with what is closed next."""
+        if not self._begin.acquire(blocking=False):
+            Endpoint.close(self)
 
     def _on_message(self, route: str, message: m.Message, now: float) -> None:
         raise NotImplementedError
@@ -136,6 +143,8 @@ class Endpoint:
     # ---- the I/O thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if not self._begin.acquire(blocking=False):
+            return  # the constructor was interrupted while this thread was being started
         busy = live = False
         next_tick = 0.0
         deadline: float | None = None

@@ -111,12 +111,12 @@ class Receiver(Endpoint):
         self._device = devices.between(pool, self._destination)
         bind = group.leader if leads else ""
         super().__init__(layout, transports, settings, bind=bind, name=name, place=pool, passed_over=passed_over)
-        with self._undo as undo:
+        try:
             self.leader_address = self._control.address if leads else group.leader
             if group.ranks > 1 and not group.leads and group.leader:
                 self._control.connect(group.leader)
             self._buffers = PoolBuffers(self.carriers, layout, self.geometry, device=self._device, poison=poison)
-            undo.callback(self._buffers.close)
+            self._undo.callback(self._buffers.close)
             slabs = self.geometry.slab_count
             hello = m.Hello(
                 src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
@@ -129,6 +129,9 @@ class Receiver(Endpoint):
             self.machine = ReceiverMachine(hello, blocks, policy, group)
             self._gatherer = Gatherer(self._buffers, self.machine, self._do, self._troubles)
             self._start()
+        except BaseException:
+            self._undo.close()
+            raise
 
     # ---- what callers do ---------------------------------------------------------------------------------------
 

@@ -83,9 +83,9 @@ class Sender(Endpoint):
         self._carried_to: dict[int, int] = {}  # by serial, the receiver whose way its transfer shows
         self._heard: dict[int, float] = {}
         self._troubles = Troubles()
-        with self._undo as undo:
+        try:
             staging = Stagings(self.carriers, settings.staging_bytes)
-            undo.callback(staging.close)
+            self._undo.callback(staging.close)
             hello = m.Hello(
                 src=self.incarnation, dst=0, min_live=1, version=m.PROTOCOL_VERSION, name=self.name,
                 layout=layout.fingerprint, block_size=settings.block_size, pool_blocks=0, slabs=0, generations=b"",
@@ -96,6 +96,9 @@ class Sender(Endpoint):
                 layout, self.carriers, self.machine, self._do, staging=staging, block_size=settings.block_size
             )
             self._start()
+        except BaseException:
+            self._undo.close()
+            raise
 
     # ---- what callers do ---------------------------------------------------------------------------------------
 

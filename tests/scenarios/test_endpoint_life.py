@@ -94,15 +94,65 @@ def test_a_receiver_with_a_leader_that_is_no_address_leaves_nothing() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_an_endpoint_whose_thread_cannot_start_leaves_nothing(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make: list[Callable[[], object]] = [
-        lambda: tf.Sender(SMALL, transport="memory", bind=port),
-        lambda: tf.Receiver(SMALL, transport="memory", group=tf.Group(0, 2, port)),
-    ]
-    for one in make:
+    for make in both_kinds(port):
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", a_defect)
             with pytest.raises(RuntimeError):
-                one()
+                make()
+
+
+def both_kinds(port: str) -> list[Callable[[], object]]:
+    return [
+        lambda: tf.Sender(SMALL, transport="memory", bind=port),  # which has no thread of its own
+        lambda: tf.Receiver(SMALL, transport="memory", group=tf.Group(0, 2, port)),
+    ]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ctrl_c_when_the_thread_has_begun_leaves_nothing(
+    port: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, starts = threading.Thread.start, list[str]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("tensorferry-"):
+            starts.append(thread.name)
+            raise KeyboardInterrupt
+
+    for make in both_kinds(port):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                make()
+    assert len(starts) == 2
+    assert caplog.text == ""  # it has not gone on with what was closed
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_ctrl_c_before_the_thread_has_begun_leaves_it_nothing_to_do(
+    port: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, late = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        if not thread.name.startswith("tensorferry-"):
+            return start(thread)
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    for make in both_kinds(port):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                make()
+    for thread in late:
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert len(late) == 2
+    assert caplog.text == ""
+    late.clear()
 
 
 @pytest.mark.usefixtures("nothing_left")
