@@ -6,7 +6,6 @@ set is in `SETS`, each with its reason; a value that is there already is the use
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 import os
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.machinery import PathFinder
 
+from tensorferry.backends._loader import missing as missing_library
+from tensorferry.backends._loader import refused, replace, too_old, useless
 from tensorferry.backends._rdma import rdma_ports as rdma_ports
 from tensorferry.backends._rdma import why_not_usable as why_not_usable
 from tensorferry.backends._variables import left_as_found
@@ -268,19 +269,27 @@ def why_not_cuda(protocol: str) -> tuple[str, str]:
 
 
 def check_libraries() -> None:
-    """Raises Unfit where a system library is missing. Does not import the engine."""
-    if not all(map(_loads, LIBRARIES)):
-        raise explain_import(ImportError("a system library is missing"))
+    """Raises Unfit where a system library is missing or does not load. Does not import the engine."""
+    for library in LIBRARIES:
+        if words := refused(library):
+            raise explain_import(ImportError(words))
 
 
 def explain_import(error: ImportError) -> Unfit:
     """Why `import mooncake.engine` failed, naming every system library that is missing and its Debian package."""
     text = str(error)
-    named = re.search(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object", text)
-    missing = {name for name in LIBRARIES if not _loads(name)}
-    if named:
-        missing.add(named[1])
+    library, file, version = too_old(text)
+    if library:
+        what = f"the Mooncake engine needs {version} of {library}, and {file} is older"
+        return Unfit(what, f"Install a later version of the package that has {library}")
+    said = [text, *filter(None, map(refused, LIBRARIES))]
+    missing = {name for words in said if (name := missing_library(words))}
     if not missing:
+        for words in said:
+            name = useless(words)
+            if name and not _is_brought(name):
+                what = f"the Mooncake engine needs {name}, which is there and does not load: {words}"
+                return Unfit(what, replace(name, LIBRARIES.get(name, "")))
         return Unfit(f"the Mooncake engine cannot be imported: {text}", f"Install it anew: {reinstall()}")
     brought = sorted(filter(_is_brought, missing))
     if brought:
@@ -299,14 +308,6 @@ def explain_import(error: ImportError) -> Unfit:
         f"the Mooncake engine needs {names}, which this system lacks",
         f"Debian and Ubuntu: apt-get install {known}" if known else "Install the package that has it",
     )
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def why_not_rdma(device: str = "") -> tuple[str, str]:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from tensorferry.backends._loader import missing, refused, replace, too_old, useless
 from tensorferry.backends._rdma import rdma_ports, why_not_usable
 from tensorferry.backends._wheel import brings, why_not_whole
 from tensorferry.core.cuda_driver import why_no_cuda
@@ -175,9 +176,6 @@ def version(name: str) -> str:
     return found.version if found is not None else "unknown"
 
 
-_MISSING = re.compile(r"(lib[\w+.-]+\.so[\w.]*): cannot open shared object")
-
-
 def installed() -> str:
     """The package of the engine that there is, whole or not; "" for none."""
     if any(importlib.util.find_spec(name) is not None for name in MODULES):
@@ -200,30 +198,29 @@ def _is_brought(library: str) -> bool:
 
 def lacking(file: Path) -> list[str]:
     """What the system has not, of the libraries in `PACKAGES` that this one names and of those that they need."""
-    named, missing = file.read_bytes(), []
-    for library in PACKAGES:
-        if library.encode() + b"\0" in named:
-            try:
-                ctypes.CDLL(library)
-            except OSError as problem:
-                if found := _MISSING.search(str(problem)):
-                    missing.append(found[1])
-    return missing
+    named = file.read_bytes()
+    said = [refused(library) for library in PACKAGES if library.encode() + b"\0" in named]
+    return [name for words in said if (name := missing(words))]
 
 
 def explain_library(text: str, what: str, more: Sequence[str] = ()) -> Unfit:
     """Why a library could not be loaded, from the dynamic loader's own words: what is missing or too old, and who has
     it. The loader names the first one alone; `more`: what else is known to be missing."""
-    old = re.search(r"((?:\S*/)?(lib[\w+.-]+\.so[\w.]*)): version `([\w.]+)' not found", text)
-    if old is not None:
-        hint = TOO_OLD.get(old[2], f"Install a later version of the package that has {old[2]}")
-        return Unfit(f"{what} needs {old[3]} of {old[2]}, and {old[1]} is older", hint)
-    named = _MISSING.search(text)
-    if named is None:
+    library, file, wanted = too_old(text)
+    if library:
+        hint = TOO_OLD.get(library, f"Install a later version of the package that has {library}")
+        return Unfit(f"{what} needs {wanted} of {library}, and {file} is older", hint)
+    there = useless(text)
+    if there and not _is_brought(there):
+        package = PACKAGES.get(there, "")
+        hint = replace(there, "" if " " in package else package)
+        return Unfit(f"{what} needs {there}, which is there and does not load: {text}", hint)
+    named = missing(text)
+    if not named:
         return Unfit(f"{what} cannot be loaded: {text}", f"Install it anew: {reinstall()}")
-    if _is_brought(named[1]):
-        return Unfit(f"{what} lacks {named[1]}, which its own wheel brings: it is installed by halves", reinstall())
-    libraries = list(dict.fromkeys([named[1], *more]))
+    if _is_brought(named):
+        return Unfit(f"{what} lacks {named}, which its own wheel brings: it is installed by halves", reinstall())
+    libraries = list(dict.fromkeys([named, *more]))
     packages = [PACKAGES[library] for library in libraries if " " not in PACKAGES.get(library, " ")]
     hints = [f"Debian and Ubuntu: apt-get install {' '.join(packages)}"] if packages else []
     hints += [TOO_OLD[library] for library in libraries if library in TOO_OLD]

@@ -284,11 +284,34 @@ def test_a_library_that_ends_too_early_is_seen_before_whoever_touches_it_is_ende
         MooncakeTransport(MooncakeOptions(**HERE))
 
 
+def gone(library: str) -> str:
+    """As the dynamic loader puts it."""
+    return f"{library}: cannot open shared object file: No such file or directory"
+
+
+CUT = "/usr/lib/x86_64-linux-gnu/libcurl.so.4: file too short"
+
+
+def test_a_library_that_is_there_and_does_not_load_is_not_called_missing(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(environment, "refused", lambda name: CUT if name == "libcurl.so.4" else "")
+    probe = MooncakeTransport.probe()
+    assert probe.reason == f"the Mooncake engine needs libcurl.so.4, which is there and does not load: {CUT}"
+    assert probe.hint == "Install anew the package that has it: apt-get install --reinstall libcurl4"
+    old = "/lib/x86_64-linux-gnu/libstdc++.so.6: version `GLIBCXX_3.4.99' not found (required by engine.so)"
+    unfit = environment.explain_import(ImportError(old))
+    assert unfit.reason == (
+        "the Mooncake engine needs GLIBCXX_3.4.99 of libstdc++.so.6, and /lib/x86_64-linux-gnu/libstdc++.so.6 is older"
+    )
+
+
 @pytest.mark.parametrize(("library", "package"), environment.LIBRARIES.items())
 def test_each_missing_library_is_named_with_its_package(
     monkeypatch: pytest.MonkeyPatch, library: str, package: str
 ) -> None:
-    monkeypatch.setattr(environment, "_loads", lambda name: name not in (library, "libcurl.so.4"))
+    monkeypatch.setattr(environment, "refused", lambda name: gone(name) if name in (library, "libcurl.so.4") else "")
     unfit = environment.explain_import(ImportError(f"{library}: cannot open shared object file: No such file"))
     assert library in unfit.reason
     assert "libcurl.so.4" in unfit.reason
@@ -372,7 +395,7 @@ def test_a_probe_sets_nothing_and_loads_nothing_of_the_engine_where_it_need_not(
 
 def test_missing_libraries_are_named_without_loading_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     environment.check_libraries()
-    monkeypatch.setattr(environment, "_loads", lambda name: name != "libibverbs.so.1")
+    monkeypatch.setattr(environment, "refused", lambda name: gone(name) if name == "libibverbs.so.1" else "")
     with pytest.raises(environment.Unfit, match="needs libibverbs") as caught:
         environment.check_libraries()
     assert caught.value.hint == "Debian and Ubuntu: apt-get install libibverbs1"

@@ -127,6 +127,20 @@ def test_a_library_that_is_too_old_is_told_from_one_that_is_missing() -> None:
     assert environment.explain_library(text, "it").hint == "Install a later version of the package that has libc.so.6"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/usr/lib/libnuma.so.1: file too short",
+        "libnuma.so.1: cannot open shared object file: Permission denied",
+        "/usr/lib/libnuma.so.1: wrong ELF class: ELFCLASS32",
+    ],
+)
+def test_a_library_that_is_there_and_does_not_load_is_not_called_missing(text: str) -> None:
+    unfit = environment.explain_library(text, "it")
+    assert unfit.reason == f"it needs libnuma.so.1, which is there and does not load: {text}"
+    assert unfit.hint == "Install anew the package that has it: apt-get install --reinstall libnuma1"
+
+
 def test_what_is_missing_together_is_named_together(tmp_path: Path) -> None:
     file = tmp_path / "libplugin.so"
     file.write_bytes(b"...libnot-there.so.3\0libhwloc.so.15.6\0libstdc++.so.6\0")
