@@ -36,6 +36,9 @@ RECEIVED_FRAMES = 512
 MOST_ROUTES = 1 << 16
 """Sockets of one context; libzmq's own default is 1023. The number of open files bounds it before that."""
 
+FILES_OF_ZMQ = 16
+"""Open files that have to be free for a context: it takes 9 for its threads and a socket that listens."""
+
 FLUSH_MS = 500
 """How long `close` lets queued frames leave."""
 
@@ -58,6 +61,38 @@ def _check_port(address: str, lowest: int) -> None:
 def speaks_for(route: str, identity: bytes) -> bool:
     """Was this route to us opened by somebody who calls himself `identity`?"""
     return bytes.fromhex(route).partition(b"/")[0] == identity
+
+
+def _started_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context with its threads running. Where they get no file, libzmq ends the process (abort): so it is seen first
+    that there are some, and they begin here and not with the first sender, when those may be gone.
+
+    Raises Overloaded.
+    """
+    held: list[int] = []
+    try:
+        for _ in range(FILES_OF_ZMQ):
+            held.append(os.eventfd(0, os.EFD_CLOEXEC))  # noqa: PERF401 - those before one that fails are closed, too
+    except OSError as problem:
+        raise _no_files(problem) from problem
+    finally:
+        for fd in held:
+            os.close(fd)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        context.set(zmq.MAX_SOCKETS, min(MOST_ROUTES, context.get(zmq.SOCKET_LIMIT)))
+        context.socket(zmq.PAIR).close(0)
+    except zmq.ZMQError as problem:
+        context.destroy(0)
+        raise _no_files(problem) from problem
+    return context
+
+
+def _no_files(problem: OSError | zmq.ZMQError) -> Overloaded:
+    return Overloaded(
+        f"no files for another control channel: {problem.strerror}",
+        hint=f"Raise the limit of open files (ulimit -n): an endpoint begins with {FILES_OF_ZMQ} free ones",
+    )
 
 
 class _Bell:
@@ -97,7 +132,7 @@ class Control:
     there by "/" and the number of the route. `patience`: seconds within which somebody who comes back at an address has
     to be found, a few tries among them.
 
-    Raises ConfigError for an address that cannot be bound.
+    Raises ConfigError for an address that cannot be bound, Overloaded where the process has hardly a file left.
     """
 
     def __init__(self, identity: bytes, bind: str = "", patience: float = 8.0) -> None:
@@ -106,8 +141,7 @@ class Control:
         self._patience = patience
         self._longest_pause_ms = max(FIRST_PAUSE_MS, min(LONGEST_PAUSE_MS, int(patience * 1000 / 8)))
         self.dropped: Counter[str] = Counter()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, min(MOST_ROUTES, self._context.get(zmq.SOCKET_LIMIT)))
+        self._context = _started_context()
         self._poller = zmq.Poller()
         self._routes: dict[str, _Route] = {}
         self._names = Names(self.wake)

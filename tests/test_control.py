@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -274,3 +276,49 @@ def test_where_there_is_no_socket_for_another_address_the_error_is_typed(
     with pytest.raises(Overloaded, match="no socket"):
         control.connect("tcp://127.0.0.1:20000")
     assert control.routes == ()
+
+
+FEW_FILES = """
+import os, resource, sys
+from tensorferry.core.control import Control
+from tensorferry.core.errors import Overloaded
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for left in range(24):
+    child = os.fork()
+    if not child:
+        held = []
+        try:
+            while True:
+                held.append(os.dup(0))
+        except OSError:
+            for fd in held[len(held) - left:]:
+                os.close(fd)
+        try:
+            control = Control(b"x", sys.argv[1])
+            print(left, "made", flush=True)
+            if not sys.argv[1]:
+                try:
+                    while True:
+                        held.append(os.dup(0))
+                except OSError:
+                    control.connect("tcp://127.0.0.1:1")
+        except Overloaded as problem:
+            print(left, "ulimit -n" in str(problem), flush=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        print(left, "ended by", status, flush=True)
+"""
+
+
+@pytest.mark.parametrize("bind", ["tcp://127.0.0.1:0", ""])
+def test_at_the_limit_of_open_files_the_error_is_typed_and_the_process_goes_on(bind: str) -> None:
+    """With so many left, each in a process of its own: libzmq ends one in which its threads get no file."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, bind], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    told = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert {what for left, what in told if int(left) < 16} == {"True"}, done.stdout + done.stderr
+    assert [left for left, what in told if what == "made"] == [str(left) for left in range(16, 24)]
+    assert {what for _, what in told} <= {"True", "made"}, done.stdout + done.stderr
