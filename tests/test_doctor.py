@@ -27,6 +27,7 @@ from tensorferry.commands.findings import Finding, Severity
 from tensorferry.commands.listening import Listener, Scope
 from tensorferry.commands.output import Exit
 from tensorferry.commands.rdma_facts import Ground, State
+from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Probe, Readiness
 from tensorferry.plugins.registry import Plugin
 
@@ -577,9 +578,17 @@ FINE = Finding(Severity.OK, "cma", "works")
 SERVES = {"shm": Examined(Probe(Readiness.READY, "works"), True, "memcpy")}
 
 
-def report(root: Path, examined: dict[str, Examined], *, named: bool = False, verbs: Verbs = Verbs(("mlx5_0",))) -> Any:  # noqa: B008
+def report(
+    root: Path,
+    examined: dict[str, Examined],
+    *,
+    named: bool = False,
+    verbs: Verbs | None = None,
+    settings: Settings | None = None,
+) -> Any:
+    verbs = verbs or Verbs(("mlx5_0",))
     plugins = {name: [Plugin(name, "acme", "1", "acme:It")] for name in examined}
-    made = diagnose(plugins, examined, named=named, root=root, verbs=verbs, cma=FINE)
+    made = diagnose(plugins, examined, named=named, root=root, verbs=verbs, cma=FINE, settings=settings)
     Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(made.as_dict())))
     return made
 
@@ -630,6 +639,43 @@ def test_gpus_without_a_way_for_the_card_to_their_memory_are_a_note(two_devices:
     assert not any("nvidia_peermem" in f.what for f in report(two_devices, SERVES).findings)
 
 
+@pytest.mark.parametrize(
+    ("env", "file", "says"),
+    [
+        ({"TENSORFERRY_BOGUS": "1"}, "", "TENSORFERRY_BOGUS"),
+        ({}, "slabs = none\n", "is not TOML"),
+        ({"TENSORFERRY_TRANSPORT": "teleport"}, "", "transport is teleport"),
+    ],
+)
+def test_settings_that_every_endpoint_refuses_are_a_problem(
+    tmp_path: Path, env: dict[str, str], file: str, says: str
+) -> None:
+    (tmp_path / "tensorferry.toml").write_text(file)
+    status, told = doctor("shm", env=environment(**env, TENSORFERRY_CONFIG=str(tmp_path / "tensorferry.toml")))
+    (found,) = about(told, "settings")
+    assert (status, found["severity"]) == (1, "problem")
+    assert says in found["what"]
+    assert found["remedy"]
+
+
+def test_what_the_settings_want_and_is_not_here_is_a_problem(tmp_path: Path) -> None:
+    wanted = {"settings": Settings(require="rdma")}
+    assert severities(report(tmp_path, SERVES, **wanted), "settings") == ["problem"]
+    assert severities(report(tmp_path, {**SERVES, "mooncake": engine("rdma")}, **wanted), "settings") == []
+    other = report(tmp_path, {**SERVES, "mooncake": engine("rdma")}, settings=Settings(require="rdma", transport="shm"))
+    assert severities(other, "settings") == ["problem"]
+    absent = engine(readiness=Readiness.UNAVAILABLE, facts={})
+    named = report(tmp_path, {**SERVES, "mooncake": absent}, settings=Settings(transport="mooncake"))
+    assert severities(named, "mooncake") == ["problem"]
+
+
+def test_what_works_in_one_process_alone_counts_only_where_nothing_else_was_asked_for(tmp_path: Path) -> None:
+    works = Examined(Probe(Readiness.READY, "works"), True, "memcpy")
+    absent = engine(readiness=Readiness.UNAVAILABLE)
+    assert report(tmp_path, {"memory": works}).exit is Exit.OK
+    assert report(tmp_path, {"memory": works, "mooncake": absent}).exit is Exit.CANNOT_RUN_HERE
+
+
 # ---- the host ----------------------------------------------------------------------------------------------------
 
 
@@ -675,6 +721,8 @@ def test_loopback_that_is_down_is_a_warning_with_its_remedy(monkeypatch: pytest.
 
 def test_a_small_memory_is_noted_with_the_setting_that_exceeds_it(tmp_path: Path) -> None:
     write(tmp_path / "proc/meminfo", "MemTotal: 1048576 kB\nMemAvailable: 524288 kB\nHugePages_Total: 3")
-    found = host_facts.findings(tmp_path, FINE)
+    found = host_facts.findings(tmp_path, FINE, Settings())
     assert any("destination_budget" in f.what for f in found)
+    found = host_facts.findings(tmp_path, FINE, Settings(destination_budget=64 << 20))
+    assert not any("destination_budget" in f.what for f in found), "what was set counts"
     assert "reserved: 3" in host_facts.facts(tmp_path)["huge pages"]

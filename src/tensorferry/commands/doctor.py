@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensorferry.commands import probing
 from tensorferry.commands.output import BadFlag, Exit, Output
+from tensorferry.core.errors import FerryError
+from tensorferry.core.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +35,6 @@ warning or problem; a problem is something that should work here and does not.
 
 exit status: 0 no problem, 1 problems, 2 wrong usage, 3 no transport works
 """
-
-_NOT_COUNTED = ("memory",)
-"""It works everywhere and carries nothing between two processes."""
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -69,7 +68,13 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
                 hint=(f"Did you mean {close[0]!r}? " if close else "") + f"Installed: {', '.join(plugins) or 'none'}",
             )
     examined = examine_each(wanted, args.timeout, debug=args.debug)
-    report = diagnose({name: plugins[name] for name in wanted}, examined, named=bool(args.names))
+    settings: Settings | FerryError
+    try:
+        settings = Settings.load().settings
+    except FerryError as refused:
+        settings = refused
+    about = {name: plugins[name] for name in wanted}
+    report = diagnose(about, examined, named=bool(args.names), settings=settings, installed=plugins)
     if out.json:
         out.object(report.as_dict())
     else:
@@ -91,8 +96,10 @@ class Report:
     @property
     def exit(self) -> Exit:
         from tensorferry.commands.findings import Severity, worst
+        from tensorferry.plugins.registry import NEVER_AUTOMATIC
 
-        if not any(one.serves for name, one in self.examined.items() if name not in _NOT_COUNTED):
+        between_processes = [name for name in self.examined if name not in NEVER_AUTOMATIC]
+        if not any(self.examined[name].serves for name in between_processes or self.examined):
             return Exit.CANNOT_RUN_HERE
         return Exit.FAILED if worst(self.findings) is Severity.PROBLEM else Exit.OK
 
@@ -227,14 +234,19 @@ def diagnose(
     root: Path | None = None,
     verbs: Verbs | None = None,
     cma: Finding | None = None,
+    settings: Settings | FerryError | None = None,
+    installed: Collection[str] = (),
 ) -> Report:
     """`named`: the user asked for these transports, and means them to work. `root`, `verbs` and `cma` stand in for this
-    host's files and for what was tried on it."""
+    host's files and for what was tried on it. `settings`: those that hold here, or why they cannot be read; the
+    defaults, by default. `installed`: every transport, if not only what was examined."""
     from tensorferry.commands import examining, exposure, host_facts, rdma_facts
     from tensorferry.commands.findings import worst_first
     from tensorferry.plugins.registry import BUILT_IN
 
     base = root or host_facts.ROOT
+    settings = settings or Settings()
+    wanted = "" if isinstance(settings, FerryError) else settings.transport
     devices = rdma_facts.devices(base)
     engines = {name: one for name, one in examined.items() if name not in BUILT_IN}
     ground = rdma_facts.Ground(
@@ -247,10 +259,14 @@ def diagnose(
     )
     steps = rdma_facts.why_not(ground)
     findings = [
-        *(_of_transport(name, one, named=named, built_in=name in BUILT_IN) for name, one in examined.items()),
+        *_of_settings(settings, installed or examined, {} if named else examined),
+        *(
+            _of_transport(name, one, named=named or name == wanted, built_in=name in BUILT_IN)
+            for name, one in examined.items()
+        ),
         *exposure.findings(examined),
         *_of_rdma(devices, steps, host_facts.gpus(base), base),
-        *host_facts.findings(base, cma),
+        *host_facts.findings(base, cma, None if isinstance(settings, FerryError) else settings),
     ]
     networks = host_facts.networks(host_facts.interfaces(base))
     return Report(
@@ -262,6 +278,30 @@ def diagnose(
         worst_first(findings),
         exposure.firewall(examined, networks),
     )
+
+
+def _of_settings(
+    settings: Settings | FerryError, installed: Collection[str], examined: Mapping[str, Examined]
+) -> list[Finding]:
+    """What every endpoint with these settings would refuse. `examined`: every transport; empty where some were named,
+    for then it is not known what the others can do."""
+    from tensorferry.commands.findings import Finding, Severity
+    from tensorferry.plugins.registry import AUTO
+
+    if isinstance(settings, FerryError):
+        return [Finding(Severity.PROBLEM, "settings", f"every endpoint refuses them: {settings.cause}", settings.hint)]
+    name, path = settings.transport, settings.require
+    where = "`tensorferry config show --origin` says where it is set"
+    found = []
+    if name != AUTO and name not in installed:
+        what = f"every endpoint refuses them: transport is {name}, and no installed distribution provides it"
+        found.append(Finding(Severity.PROBLEM, "settings", what, f"Installed: {', '.join(installed)}; {where}"))
+    fit = [one for which, one in examined.items() if one.serves and name in (AUTO, which)]
+    if path and examined and not any(one.path == path for one in fit):
+        what = f"every endpoint refuses them: require is {path}, and no transport here that may be taken goes over it"
+        remedy = f'"why not RDMA?" says what is missing; {where}'
+        found.append(Finding(Severity.PROBLEM, "settings", what, remedy))
+    return found
 
 
 def _of_transport(name: str, one: Examined, *, named: bool, built_in: bool) -> Finding:

@@ -103,12 +103,11 @@ def facts(root: Path = ROOT) -> dict[str, str]:
     return told | {f"interface {one.name}": str(one) for one in interfaces(root)}
 
 
-def findings(root: Path = ROOT, cma: Finding | None = None) -> list[Finding]:
-    """What of it deserves a word."""
+def findings(root: Path = ROOT, cma: Finding | None = None, settings: Settings | None = None) -> list[Finding]:
+    """What of it deserves a word, and what of it these settings exceed."""
     found = [cma or copy_between_processes(root)]
-    settings = Settings()
     limit = min([n for n in (memory_limit(root), _meminfo(root).get("MemTotal", 0)) if n] or [0])
-    if limit and settings.destination_budget > limit:
+    if limit and settings is not None and settings.destination_budget > limit:
         found.append(
             Finding(
                 Severity.NOTE,
