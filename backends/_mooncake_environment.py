@@ -48,6 +48,7 @@ LIBRARIES = {
 """What the wheels expect of the system (their NEEDED entries, less what they bring themselves), and the Debian package
 that has it."""
 
+DEFAULT_PORTS = (15000, 17000)
 DEFAULT_PROGRESS_S = 10
 DEFAULT_TRANSFER_S = 30
 
@@ -81,8 +82,9 @@ _REFUSES = {
 
 CHOOSES = (
     "MC_FORCE_TCP", "MC_FORCE_HCA", "MC_TE_FILTERS", "MC_GID_INDEX", "MC_IB_PORT", "MC_USE_IPV6", "WITH_NVIDIA_PEERMEM",
+    "MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT", "MC_MIN_PRC_PORT", "MC_MAX_PRC_PORT",
 )  # fmt: skip
-"""The user's variables that decide about the way that bytes take: the probe shows those that are set."""
+"""The user's variables that decide about the way that bytes take, and the ports: the probe shows those that are set."""
 
 DMA_BUF = "WITH_NVIDIA_PEERMEM=0 makes the engine use it"
 """By default it registers GPU memory as if a peer-memory module were loaded, and fails where none is."""
@@ -98,12 +100,23 @@ the address in the paths of NICs."""
 
 
 def port_range() -> str:
-    """From where the engine draws its ports, as `15000-17000`."""
-    found = []
-    for end, default in (("MIN", 15000), ("MAX", 17000)):
-        text = os.environ.get(f"MC_{end}_RPC_PORT") or os.environ.get(f"MC_{end}_PRC_PORT") or ""  # both are read
-        found.append(int(text) if text.isdecimal() else default)
-    return "-".join(map(str, found if found[0] <= found[1] else (15000, 17000)))
+    """From where the engine draws its ports, as `15000-17000`.
+
+    It takes what it is told where both ends are ports above 1023 and outside those that Linux gives to clients by
+    default, and in order (ValidatePortRange); else its own range. It reads numbers as C does: what follows the digits
+    does not matter, and no digits are 0.
+    """
+    first, last = (_port(end, default) for end, default in zip(("MIN", "MAX"), DEFAULT_PORTS, strict=True))
+    taken = all(1024 <= port <= 65535 and not 32768 <= port <= 60999 for port in (first, last)) and first <= last
+    return "-".join(map(str, (first, last) if taken else DEFAULT_PORTS))
+
+
+def _port(end: str, default: int) -> int:
+    for name in (f"MC_{end}_RPC_PORT", f"MC_{end}_PRC_PORT"):  # it reads the second where the first is not there
+        if name in os.environ:
+            found = re.match(r"\s*([+-]?\d+)", os.environ[name], re.ASCII)
+            return int(found[1]) if found else 0
+    return default
 
 
 def lanes() -> int:

@@ -226,6 +226,72 @@ def test_an_option_that_the_environment_overrules_is_said_to_be(
     assert "MC_TCP_PROGRESS_TIMEOUT_SEC=3 is set by an earlier mooncake transport of this process" in caplog.text
 
 
+DEFAULT = "15000-17000"
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "ports"),
+    [
+        (None, None, DEFAULT),
+        ("16000", None, "16000-17000"),
+        ("61000", "61010", "61000-61010"),
+        ("30000", "62000", "30000-62000"),
+        ("20000 or so", "20010", "20000-20010"),
+        ("80", "90", DEFAULT),
+        ("1023", "2000", DEFAULT),
+        ("0", "10", DEFAULT),
+        ("70000", "70100", DEFAULT),
+        ("40000", "40010", DEFAULT),
+        ("16000", "15000", DEFAULT),
+        ("", "16000", DEFAULT),
+        ("-20000", "16000", DEFAULT),
+    ],
+)
+def test_the_ports_are_those_that_the_engine_takes_and_not_those_that_it_is_told(
+    installed: None,
+    monkeypatch: pytest.MonkeyPatch,
+    no_variables: None,
+    least: str | None,
+    most: str | None,
+    ports: str,
+) -> None:
+    """As seen of the engine, with each of these."""
+    for name, value in (("MC_MIN_RPC_PORT", least), ("MC_MAX_RPC_PORT", most)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert environment.port_range() == ports
+    facts = MooncakeTransport.probe().facts
+    assert facts["ports"] == ports
+    assert facts.get("MC_MIN_RPC_PORT") == least
+
+
+def test_the_ports_under_their_other_names_count_where_the_first_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None
+) -> None:
+    monkeypatch.setenv("MC_MIN_PRC_PORT", "15500")
+    assert environment.port_range() == "15500-17000"
+    monkeypatch.setenv("MC_MIN_RPC_PORT", "16000")
+    assert environment.port_range() == "16000-17000"
+
+
+def test_the_engine_listens_where_the_ports_say(installed: None) -> None:
+    """In a process of its own: it reads them once."""
+    program = (
+        "from tensorferry.backends import _mooncake_environment as environment\n"
+        "from tensorferry.backends.mooncake import MooncakeTransport as M, MooncakeOptions as O\n"
+        "t = M(O(host='127.0.0.1'))\n"
+        "least, most = map(int, environment.port_range().split('-'))\n"
+        "print(least, all(least <= port <= most for port in (t._engine.port, t._engine.data_port))); t.close()"
+    )
+    for told, least in (("80", 15000), ("61000", 61000)):
+        variables = {"MC_MIN_RPC_PORT": told, "MC_MAX_RPC_PORT": "61999"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True,
+            timeout=60, check=True,
+        )  # fmt: skip
+        assert done.stdout.split() == [str(least), "True"]
+
+
 # ---- what is missing -----------------------------------------------------------------------------------------
 
 
