@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import tensorferry as tf
 from tensorferry import cli, schemas
-from tensorferry.commands import carrying, receive, serving
+from tensorferry.commands import carrying, new_file, receive, serving
 from tensorferry.commands.carrying import RECEIPTS, Note
 from tensorferry.commands.table import Column, Table
 from tensorferry.commands.token_file import open_file
@@ -430,20 +431,45 @@ def program(tmp_path):
         yield sender, [*args, "-o", str(tmp_path / "out"), "--format", "json"]
 
 
-def test_an_interrupt_after_the_file_is_written_does_not_deny_it(monkeypatch, program, tmp_path, capsys):
-    def interrupted(*_):
+@pytest.mark.parametrize(
+    ("where", "what", "force", "written"),
+    [
+        (receive, "_give_receipt", False, True),
+        (new_file, "_sync_folder", False, True),
+        (new_file, "_sync_folder", True, True),
+        (os, "link", False, True),  # and it returns no more: nothing of ours can note that it has been done
+        (os, "replace", True, True),
+        (os, "link", True, False),  # to the name that it has before it replaces the other file
+        (os, "fsync", False, False),
+    ],
+)
+def test_an_interrupt_denies_no_file_that_is_there(monkeypatch, program, tmp_path, capsys, where, what, force, written):
+    real = getattr(where, what)
+
+    def interrupted(*args, **more):
+        if what in ("link", "replace"):
+            real(*args, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(receive, "_give_receipt", interrupted)
     sender, args = program
+    if force:
+        args.append("--force")
+        (tmp_path / "out").write_text("before")
     rows = torch.ones(10, 4)
     table = Table([Column("x", "float32", (4,))])
     digest = table.digest(10, {"x": memoryview(rows.numpy().tobytes())})
     sender.send(5, x=rows, aux=Note(digest, RECEIPTS | 5).words())
-    assert cli.main(args) == 0
+    with monkeypatch.context() as now:
+        now.setattr(where, what, interrupted)
+        status = cli.main(args)
     found = checked("receive", capsys.readouterr().out)
-    assert (found["status"], found["verified"], found["receipt"]) == ("ok", True, False)
-    assert listing(tmp_path) == ["out"]
+    assert (status, found["status"]) == ((0, "ok") if written else (1, "failed"))
+    assert (found["verified"], found["receipt"]) == (True, False)
+    assert listing(tmp_path) == (["out"] if written or force else [])
+    if written:
+        assert torch.equal(load_file(tmp_path / "out")["x"], rows)
+    elif force:
+        assert (tmp_path / "out").read_text() == "before"
 
 
 def test_rows_with_another_digest_are_not_written(program, tmp_path):

@@ -40,6 +40,8 @@ class NewFile:
 
     def __init__(self, path: str, *, force: bool = False) -> None:
         self.shown = path
+        self.published = False
+        """Whether the file has its name. Known when the context is left, however that comes about."""
         self._path = os.path.realpath(path)
         self._folder, self._name = os.path.split(self._path)
         self._force = force
@@ -64,6 +66,7 @@ class NewFile:
 
     def __exit__(self, *exc: object) -> None:
         if self._fd >= 0:
+            self.published = self._has_its_name()
             os.close(self._fd)
             self._fd = -1
         if self._part:
@@ -104,6 +107,13 @@ class NewFile:
             raise self._exists() from error
         except OSError as error:
             raise self._failed(error) from error
+
+    def _has_its_name(self) -> bool:
+        """Asked of the system: an interrupt can come between the call that gives the name and any note of it."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except OSError:
+            return False
 
     def _open(self) -> int:
         if os.path.exists("/proc/self/fd"):  # the way back from an open file to a name

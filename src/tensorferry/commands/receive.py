@@ -111,6 +111,7 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         "sent_tokens": [],
     }
     view = View()
+    file: NewFile | None = None
     error: FerryError | None = None
     try:
         with all_as_interrupt():
@@ -131,7 +132,9 @@ def run(args: argparse.Namespace, out: Output) -> Exit:
         elif isinstance(error, RoomInUse):
             error.hint = "`tensorferry send` serves --count receivers in turn: run this again when that one is done"
     except KeyboardInterrupt:
-        if report["status"] != "ok":  # else the file is there, and only the receipt was cut short
+        if file is not None and file.published:  # only what comes after it was cut short: the receipt, or a sync
+            report["status"] = "ok"
+        else:
             error = Cancelled("interrupted", hint=f"{args.output} was not written; the command can be run again")
     finally:
         view.close()
