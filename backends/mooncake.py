@@ -195,9 +195,9 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
         check_protocols(self._engine.protocol, told.protocol)
         peer = self._peers.get(told.instance)
         if peer is None:
-            watch = _process.watch_living(told.pid, told.started) if self._host.shares_pids(told.host) else None
             traceable = told.protocol != "tcp" or self._host.shares_network(told.host)
-            peer = MooncakePeer(self._home, told.instance, target=Target(told, watch), traceable=traceable)
+            target = Target(told, self._watch(told))
+            peer = MooncakePeer(self._home, told.instance, target=target, traceable=traceable)
             self._peers[told.instance] = peer
         if peer.learn(told.revision, told.regions):
             keys = ((number, generation) for number, generation, _ in told.regions)

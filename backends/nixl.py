@@ -239,9 +239,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             who = (told.agent, told.instance, told.pid, told.started)
             target = self._targets.get(who)  # it may have been connected before, and not be forgotten yet
             if target is None:
-                near = self._host.shares_pids(told.host)
-                watch = _process.watch_living(told.pid, told.started) if near else None
-                target = self._targets[who] = Target(told, watch)
+                target = self._targets[who] = Target(told, self._watch(told))
             peer = NixlPeer(self._home, told.instance, target=target, way=way, traceable=traceable)
             self._peers[told.instance] = peer
         if peer.learn(told.revision, told.regions):
@@ -334,7 +332,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
     def _closing(self) -> None:
         outlive(
             [*[region.memory for region in self._live.values()], *self._retired],
-            [peer.target for peer in self._peers.values() if peer.way == MEMCPY],
+            [peer.target for peer in (*self._peers.values(), *self._parted.values()) if peer.way == MEMCPY],
         )
 
 

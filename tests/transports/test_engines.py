@@ -198,6 +198,76 @@ def test_a_region_stays_registered_until_no_peer_is_left_that_knew_it(here: Engi
     assert again.generation > region.generation
 
 
+def registered(here: Engine) -> set[int]:
+    """The addresses that the engine of this side has."""
+    return set((here._engine if isinstance(here, MooncakeTransport) else here._agent)._memory)
+
+
+@pytest.mark.parametrize("when", ["retired first", "disconnected first", "registered again"])
+def test_what_a_disconnected_peer_knows_stays_registered_until_its_process_has_ended(
+    here: Engine, there: Start, when: str
+) -> None:
+    """It does not know that it was disconnected, and may have a write under way."""
+    writer = there()
+    peer = here.connect(writer.describe())
+    region = here.register(here.allocate(4096))
+    writer.ask("connect", descriptor=here.describe().hex())
+    if when == "disconnected first":
+        here.disconnect(peer)
+        here.retire(region)
+    else:
+        here.retire(region)
+        here.disconnect(peer)
+    if when == "registered again":
+        here.retire(here.register(region.memory))
+    oneself = here.connect(here.describe())  # nobody asks for one that was disconnected: others' verbs look after it
+    assert here.peer_state(oneself) is PeerState.ALIVE
+    assert region.memory.address in registered(here)
+    assert writer.ask("write", region=[region.id, region.generation], seed=1, nbytes=4096), "and this process lives on"
+    writer.end()
+    eventually(lambda: here.peer_state(oneself) is PeerState.ALIVE and region.memory.address not in registered(here))
+
+
+@pytest.mark.parametrize("engine", ["mooncake", "nixl-tcp"], indirect=True)
+def test_what_a_disconnected_peer_of_another_host_knows_stays_registered_until_the_end(
+    here: Engine, there: Start
+) -> None:
+    writer = there()
+    retired, live = (here.register(here.allocate(4096)) for _ in range(2))
+    peer = here.connect(abroad(writer.describe()))
+    here.retire(retired)
+    here.disconnect(peer)
+    later = here.register(here.allocate(4096))
+    near = here.connect(writer.describe())
+    here.retire(live)
+    here.retire(later)
+    assert not here._parted, "there is nothing to wait for"
+    writer.end()
+    eventually(lambda: here.peer_state(near) is PeerState.GONE)
+    kept = registered(here)
+    assert {retired.memory.address, live.memory.address} <= kept
+    assert later.memory.address not in kept, "it came after the one of another host had gone"
+
+
+def test_peers_that_come_and_go_leave_no_file_behind_and_none_of_them_when_their_process_has_ended(
+    here: Engine, there: Start
+) -> None:
+    """Instances of one process, which lives."""
+    other = there()
+    here.register(here.allocate(4096))
+    descriptor = other.describe()
+    here.disconnect(here.connect(descriptor))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        here.disconnect(here.connect(changed(descriptor)))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(here._parted) == 21
+    other.end()
+    oneself = here.connect(here.describe())
+    eventually(lambda: here.peer_state(oneself) is PeerState.ALIVE and not here._parted)
+    assert not here._left
+
+
 def test_a_forked_child_cannot_use_what_it_inherited_and_ends(here: Engine, there: Start) -> None:
     other = there()
     answers = other.ask("fork_and_use")
