@@ -23,7 +23,7 @@ from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
 from tensorferry.backends._nixl_environment import RDMA, TCP, Unfit
-from tensorferry.backends._nixl_sockets import cut_connections, event_sets, listening_ports
+from tensorferry.backends._nixl_sockets import Aftermath, cut_connections, event_sets, leave_to_parent, listening_ports
 from tensorferry.backends._rdma import MAY_BE_LOCKED, rdma_ports, why_not_locked
 from tensorferry.core.errors import TransportError
 from tensorferry.core.memory import Memory
@@ -257,6 +257,10 @@ class Agent:
         if name != self.name:
             cut_connections(ports, self._sets)
 
+    def aftermath(self, ports: Collection[int]) -> Aftermath:
+        """Of a peer that has ended and accepted connections on these ports."""
+        return Aftermath(self.ports, ports, self._sets)
+
     # ---- writing -----------------------------------------------------------------------------------------
 
     def prepare(self, name: str, pieces: Sequence[Piece], route: Route = HOST_TO_HOST) -> Request:
@@ -307,6 +311,11 @@ class Agent:
         self._memory.clear()
         return True
 
+    @property
+    def ended(self) -> bool:
+        """It is destroyed. Not so where it was abandoned, whatever was closed."""
+        return self._agent is None
+
     def abandon(self) -> None:
         """Instead of `close` where a thread does not come back from the engine: it and its memory stay until the
         process ends, also when the thread does come back."""
@@ -342,6 +351,7 @@ def _after_fork_in_child() -> None:
     _loading, _creating = threading.Lock(), threading.Lock()
     for agent in _alive:
         _pin(agent._agent)
+        leave_to_parent(agent._sets)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -9,18 +9,31 @@ of it, and closes its socket when it has read the end.
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
 import re
 import socket
-from collections.abc import Collection
+import struct
+import sys
+import termios
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ifaddr
 
 from tensorferry.backends._own_sockets import connections, own_sockets
 
+PLACING_S = 0.05
+"""For a thread of UCX that has read the last bytes of a connection to put them where they belong: a buffer of 8 KiB,
+which is a microsecond and as long as the thread waits for a processor."""
+
 _ESTABLISHED = 0x01
+_BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in struct tcp_info, since Linux 4.1
 
 
 def listening_ports() -> set[int]:
@@ -67,55 +80,133 @@ def _inodes(sets: Collection[int]) -> set[int]:
     return found
 
 
+def leave_to_parent(sets: Collection[int]) -> None:
+    """In a forked child: let go of the sockets in these epoll descriptors, UCX's listening ones among them. As long as
+    the child has them no peer hears of the parent's end. Their numbers stay taken: UCX, which does not run in the
+    child, knows them."""
+    with suppress(OSError):  # what cannot be looked at stays open
+        own = _inodes(sets)
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                number = int(name)
+                if os.fstat(number).st_ino in own and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    os.dup2(nothing, number, inheritable=False)
+        os.close(nothing)
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What comes to us by one connection."""
+
+    due: int
+    """How many bytes UCX has to have read from it altogether; more may follow, and is another's."""
+    read_at: float = math.inf
+    """When it was first seen, by `time.monotonic`, that it has."""
+
+
 class Aftermath:
     """Bytes that a dead process of this network namespace has sent to us by TCP and that are not in memory yet.
 
-    A connection whose other end lives is nobody's concern. Every other one of ours is waited for until UCX has closed
-    it, which it does after it has placed what came.
+    Which of the connections that we accepted was the dead one's nothing says, so each one that was there is looked at.
+    That its other end is still open proves no living peer: a child that the dead one forked keeps it open. So it counts
+    until UCX has closed it, or has read all that lay in it, at either end, when this was first asked: whoever is alive
+    may go on writing. Connections made later are nobody's concern.
+
+    What the second rests on. UCX does not store: what it reads of a write goes to where it belongs, either by the read
+    itself (`uct_tcp_ep_progress_put_rx`), or by a copy from the buffer that it has read into, before it reads again or
+    waits (`uct_tcp_ep_handle_put_req`). So once
+    all is read at most one buffer is still to be placed, by a thread that is between two calls, and it is given
+    `PLACING_S` for it. A connection that UCX has closed needs no such time: it does that when it reads the end, later.
     """
 
-    def __init__(self, own: Collection[int], theirs: Collection[int]) -> None:
+    def __init__(self, own: Collection[int], theirs: Collection[int], sets: Collection[int] = ()) -> None:
+        """The ports that we accept connections on and the dead one did; our agent's epoll descriptors."""
         self._own = frozenset(own)
         self._theirs = frozenset(theirs)
+        self._sets = frozenset(sets)
+        self._waiting: dict[int, _Flow] | None = None  # by the socket's inode
 
     def settled(self) -> bool:
-        """True: every byte of the dead one that can land has landed. What cannot be looked at, for want of a file
-        descriptor above all, is not proved."""
+        """True: every byte of the dead one that can land has landed. Never True again False. What cannot be looked at,
+        for want of a file descriptor above all, is not proved."""
         try:
             return self._look()
         except OSError:
             return False
 
     def _look(self) -> bool:
-        # Our sockets first: one that is made after this is not the dead one's.
-        ours, here = [], _own_addresses()
+        # What has left the sender's queue is in ours: so the senders' queues are read first, and ours after.
+        unsent, now = _unsent(), time.monotonic()
+        here, watched = _own_addresses(), _inodes(self._sets)
+        there, first = {}, self._waiting is None
+        before = self._waiting or {}
         with own_sockets() as sockets:
             for one in sockets:
-                with suppress(OSError):
-                    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                        continue
-                    local = int(one.getsockname()[1])
-                    try:
-                        address, remote = one.getpeername()[:2]
-                        if address.removeprefix("::ffff:") not in here:
-                            continue  # a peer on another host
-                    except OSError:  # the other end has gone, and what it sent may lie here unread
-                        remote = 0
-                    if local in self._own or remote in self._theirs:
-                        ours.append((local, remote))
-        living = _established()
-        return all((remote, local) in living for local, remote in ours)
+                inode = os.fstat(one.fileno()).st_ino
+                if inode not in before and not (first and self._concerns(one, inode, here, watched)):
+                    continue
+                queue = unsent.get((_name(one.getpeername), _name(one.getsockname)))
+                got, unread = _received(one)
+                flow = before.get(inode) or _Flow(got + (queue or 0))
+                if queue is None:  # the other end has gone, and UCX closes ours when it has read all
+                    flow.read_at = math.inf
+                elif flow.read_at == math.inf and (got - unread >= flow.due or queue == unread == 0):
+                    flow.read_at = now
+                if flow.read_at + PLACING_S > now:
+                    there[inode] = flow
+        self._waiting = there
+        return not there
+
+    def _concerns(self, one: socket.socket, inode: int, here: set[str], watched: set[int]) -> bool:
+        if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        local = int(one.getsockname()[1])
+        end = _name(one.getpeername)
+        if end is None:  # the other end has gone, and what it sent may lie here unread
+            return local in self._own or inode in watched
+        return end[0] in here and (local in self._own or end[1] in self._theirs)
+
+
+End = tuple[str, int]
+
+
+def _name(asked: Callable[[], Any]) -> End | None:
+    """(address, port); None: there is none any more."""
+    try:
+        address, port = asked()[:2]
+    except OSError:
+        return None
+    return address.partition("%")[0].removeprefix("::ffff:"), int(port)
+
+
+def _received(one: socket.socket) -> tuple[int, int]:
+    """(bytes that have come altogether, those of them that nobody has read): in this order, so that their difference is
+    never more than what has been read. Raises OSError."""
+    information = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
+    got = struct.unpack_from("=Q", information, _BYTES_RECEIVED)[0] if len(information) > _BYTES_RECEIVED else 0
+    unread = struct.unpack("i", fcntl.ioctl(one, termios.FIONREAD, bytes(4)))[0]
+    return got, unread
+
+
+def _unsent() -> dict[tuple[End | None, End | None], int]:
+    """(local end, remote end) of every connection of this network namespace that neither end has closed, and the bytes
+    that its local end has to send or that were not acknowledged. Raises OSError."""
+    return {
+        (_end(local), _end(remote)): int(queues.partition(":")[0], 16)
+        for _, local, remote, state, queues, *_ in connections()
+        if int(state, 16) == _ESTABLISHED
+    }
+
+
+def _end(text: str) -> End:
+    """As the kernel's table has it: an address in words of the machine's own byte order."""
+    words, _, port = text.rpartition(":")
+    raw = b"".join(int(words[n : n + 8], 16).to_bytes(4, sys.byteorder) for n in range(0, len(words), 8))
+    address = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+    return address.removeprefix("::ffff:"), int(port, 16)
 
 
 def _own_addresses() -> set[str]:
     found = {ip.ip if isinstance(ip.ip, str) else ip.ip[0] for adapter in ifaddr.get_adapters() for ip in adapter.ips}
     return {str(address) for address in found} | {"127.0.0.1", "::1"}
-
-
-def _established() -> set[tuple[int, int]]:
-    """(local port, remote port) of every connection of this network namespace that neither end has closed."""
-    return {
-        (int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16))
-        for _, local, remote, state, *_ in connections()
-        if int(state, 16) == _ESTABLISHED
-    }

@@ -72,6 +72,8 @@ class NixlPeer(EnginePeer):
     target: Target = field(kw_only=True)
     way: str = field(kw_only=True)
     """What carries to it, as far as it is known before a byte has moved."""
+    aftermath: Aftermath | None = None
+    """What it has sent and is still to land, once it has ended."""
     addresses: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """Where each region begins, and the GPU that it lies on (-1: host memory)."""
 

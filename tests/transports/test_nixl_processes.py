@@ -298,8 +298,33 @@ def test_a_dead_peer_is_gone_only_when_all_that_it_sent_is_in_memory(here: NixlT
     assert stopped.ask("digest") == digest
 
 
+@SOCKETS
+def test_a_child_that_a_peer_has_forked_keeps_none_of_its_connections(here: NixlTransport, there: Start) -> None:
+    """Else nobody hears of the parent's end for as long as the child lives."""
+    doomed = there()
+    region = doomed.ask("share", nbytes=4096)
+    peer = here.connect(doomed.describe())
+    assert ended(here, one_byte(here, peer, region)) is Status.DONE
+    assert tcp_sockets(doomed.pid)
+    child = doomed.ask("fork")
+    try:
+        eventually(lambda: not tcp_sockets(child), "a child without them")
+        assert tcp_sockets(doomed.pid)
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE, "the parent has lost nothing"
+        doomed.end()
+        eventually(lambda: here.peer_state(peer) is PeerState.GONE)
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def unread(pid: int) -> int:
     """Bytes that lie unread in the TCP sockets of a process."""
+    return sum(int(row[4].partition(":")[2], 16) for row in tcp_sockets(pid) if row[3] != "0A")
+
+
+def tcp_sockets(pid: int) -> list[list[str]]:
+    """The kernel's rows of a process's TCP sockets."""
     mine = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -307,8 +332,7 @@ def unread(pid: int) -> int:
         except OSError:
             continue
     with open("/proc/net/tcp", encoding="ascii") as table:
-        rows = [line.split() for line in table.readlines()[1:]]
-    return sum(int(row[4].partition(":")[2], 16) for row in rows if row[9] in mine and row[3] != "0A")
+        return [row for row in (line.split() for line in table.readlines()[1:]) if row[9] in mine]
 
 
 # ---- the engine's own troubles -------------------------------------------------------------------------------
