@@ -114,9 +114,14 @@ def port_range() -> str:
 def _port(end: str, default: int) -> int:
     for name in (f"MC_{end}_RPC_PORT", f"MC_{end}_PRC_PORT"):  # it reads the second where the first is not there
         if name in os.environ:
-            found = re.match(r"\s*([+-]?\d+)", os.environ[name], re.ASCII)
-            return int(found[1]) if found else 0
+            return _as_c_reads(os.environ[name])
     return default
+
+
+def _as_c_reads(text: str) -> int:
+    """atoi"""
+    found = re.match(r"\s*([+-]?\d+)", text, re.ASCII)
+    return int(found[1]) if found else 0
 
 
 def lanes() -> int:
@@ -178,14 +183,30 @@ def prepare(progress_s: int = DEFAULT_PROGRESS_S, transfer_s: int = DEFAULT_TRAN
             whose = "by an earlier mooncake transport of this process" if _ours.get(name) == there else "already"
             log.warning("%s=%s is set %s and counts for the whole process; the option %s is not used",
                         name, there, whose, value)  # fmt: skip
-    progress, transfer = _seconds(PROGRESS, 30.0), max(5.0, _seconds(TRANSFER, 30.0))
-    if progress >= transfer:
-        log.warning(
-            "%s (%g s) is not below %s (%g s): a write that is given up may still be read from its source; "
-            "its memory is kept until the engine has ended it",
-            PROGRESS, progress, TRANSFER, transfer,
-        )  # fmt: skip
-    return progress, transfer
+    if unsound := why_unsound():
+        log.warning("%s", unsound)
+    return time_outs()
+
+
+def time_outs() -> tuple[float, float]:
+    """The progress and the transfer time-out that hold, or would once a transport is opened, in seconds. Of the latter
+    the engine makes a whole number (no digits are 0) and at least 5."""
+    try:
+        progress = float(os.environ.get(PROGRESS, DEFAULT_PROGRESS_S))
+    except ValueError:
+        progress = 30.0  # the engine's own
+    return progress, float(max(5, _as_c_reads(os.environ.get(TRANSFER, str(DEFAULT_TRANSFER_S)))))
+
+
+def why_unsound() -> str:
+    """What is wrong with the two time-outs together; "" where nothing is."""
+    progress, transfer = time_outs()
+    if progress < transfer:
+        return ""
+    return (
+        f"{PROGRESS} ({progress:g} s) is not below {TRANSFER} ({transfer:g} s): a write over TCP that is given up may "
+        "still be read from its source; its memory is kept until the engine has ended it"
+    )
 
 
 @contextmanager
@@ -198,13 +219,6 @@ def prepared_for_now() -> Iterator[None]:
     finally:
         for name in [name for name in _ours if name not in os.environ]:
             del _ours[name]
-
-
-def _seconds(name: str, fallback: float) -> float:
-    try:
-        return float(os.environ[name])
-    except (KeyError, ValueError):
-        return fallback
 
 
 def installed_version() -> str:

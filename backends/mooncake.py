@@ -247,10 +247,12 @@ def _facts() -> dict[str, str]:
     """What can be told of an engine that does not run, and may not be there."""
     version = environment.installed_version()
     ports = environment.rdma_ports()
+    unsound = environment.why_unsound()
     return {
         **({"engine": version} if version else {}),
         "rdma_devices": ", ".join(f"{name} ({'active' if up else 'down'})" for name, up in ports.items()) or "none",
         **{name: os.environ[name] for name in environment.CHOOSES if name in os.environ},
+        **({"time_outs": unsound} if unsound else {}),
     }
 
 

@@ -217,6 +217,35 @@ def test_time_outs_that_are_unsound_together_are_named(
     assert "MC_TCP_PROGRESS_TIMEOUT_SEC (60 s) is not below MC_TRANSFER_TIMEOUT (30 s)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("progress", "transfer", "said"),
+    [
+        (None, None, ""),
+        ("4", "5", ""),
+        ("60", "5", "MC_TCP_PROGRESS_TIMEOUT_SEC (60 s) is not below MC_TRANSFER_TIMEOUT (5 s)"),
+        (None, "abc", "MC_TCP_PROGRESS_TIMEOUT_SEC (10 s) is not below MC_TRANSFER_TIMEOUT (5 s)"),
+        ("4", "2 minutes", ""),
+        ("abc", "30", "MC_TCP_PROGRESS_TIMEOUT_SEC (30 s) is not below MC_TRANSFER_TIMEOUT (30 s)"),
+    ],
+)
+def test_the_probe_names_time_outs_that_are_unsound_as_opening_does(
+    installed: None,
+    no_variables: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    progress: str | None,
+    transfer: str | None,
+    said: str,
+) -> None:
+    """The engine reads no digits as 0, and less than 5 s as 5."""
+    for name, value in (("MC_TCP_PROGRESS_TIMEOUT_SEC", progress), ("MC_TRANSFER_TIMEOUT", transfer)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert MooncakeTransport.probe().facts.get("time_outs", "").startswith(said or "nothing") is bool(said)
+    environment.prepare()
+    assert [record.message.startswith(said) for record in caplog.records] == ([True] if said else [])
+
+
 def test_an_option_that_the_environment_overrules_is_said_to_be(
     no_variables: None, caplog: pytest.LogCaptureFixture
 ) -> None:
