@@ -288,7 +288,11 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         self._crew.forget(peer.target)
 
     def _settled(self, peer: NixlPeer) -> bool:
-        return peer.way == RDMA or self._closed or Aftermath(self._agent.ports, peer.target.told.ports).settled()
+        if peer.way == RDMA or self._agent.ended:
+            return True
+        if peer.aftermath is None:
+            peer.aftermath = self._agent.aftermath(peer.target.told.ports)
+        return peer.aftermath.settled()
 
     def path(self, peer: Any = None) -> str:
         """To a peer: see the module's docstring. To nobody in particular: what holds for all of them."""
