@@ -15,6 +15,7 @@ Values may be written as numbers or as text everywhere: "4GiB", "512MB", "90s", 
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -30,7 +31,13 @@ ENV_PREFIX = "TENSORFERRY_"
 FILE_NAME = "tensorferry.toml"
 CONFIG_VARIABLE = "TENSORFERRY_CONFIG"
 
-NOT_SETTINGS = {CONFIG_VARIABLE: f"path of the settings file, instead of {FILE_NAME} in the working directory"}
+MAX_FILE_BYTES = 1 << 20
+"""A settings file with every setting has a few kilobytes."""
+
+NOT_SETTINGS = {
+    CONFIG_VARIABLE: f"path of the settings file, instead of {FILE_NAME} in the working directory: a "
+    "regular file of at most 1 MiB, or /dev/null for none"
+}
 """TENSORFERRY_* variables that are known and are not settings, with what they are for."""
 
 # ---- the settings ----------------------------------------------------------------------------------------------
@@ -365,15 +372,18 @@ def _from_environment(environ: Mapping[str, str]) -> _Found:
 
 def _from_file(environ: Mapping[str, str], file: str | os.PathLike[str] | None) -> _Found:
     named = os.fspath(file) if file is not None else environ.get(CONFIG_VARIABLE, "").strip()
-    path = Path(named or FILE_NAME).expanduser()
     who = "the caller" if file is not None else CONFIG_VARIABLE
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        path = Path(named or FILE_NAME).expanduser()
+    except RuntimeError:  # ~somebody, and there is no such user
+        raise ConfigError(f"{who} names {named}, and whose home that is in is not known") from None
+    try:
+        table = tomllib.loads(_content(path))
     except FileNotFoundError:
         if not named:
             return {}
         raise ConfigError(f"{who} names {path}, which does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number too long, brackets too deep
         raise ConfigError(f"{path} is not TOML: {error}", hint="Write `name = value`, one a line") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -383,6 +393,21 @@ def _from_file(environ: Mapping[str, str], file: str | os.PathLike[str] | None) 
             raise _unknown(key, Origin(OriginKind.FILE, str(path)), tuple(_by_name()))
         found[key] = (value, Origin(OriginKind.FILE, f"{path}: {key}"))
     return found
+
+
+def _content(path: Path) -> str:
+    """The settings file's. Never waits: a FIFO has no end before somebody writes, and a device may have none at all.
+    Raises OSError, UnicodeDecodeError, and ConfigError for what is no such file."""
+    about = path.stat()
+    if os.path.samestat(about, os.stat(os.devnull)):
+        return ""
+    if not stat.S_ISREG(about.st_mode):
+        raise ConfigError(f"{path} is no regular file", hint=f"Name a TOML file, or {os.devnull} for none")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes: it cannot be a file of settings")
+    return content.decode()
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------

@@ -276,8 +276,41 @@ def test_a_named_file_must_exist_and_be_toml(tmp_path):
         Settings.load(environ={"TENSORFERRY_CONFIG": str(tmp_path / "absent.toml")})
     with pytest.raises(ConfigError, match="not TOML"):
         load(file=written(tmp_path, "slabs: 3\n"))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="no regular file"):
         load(file=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"slabs = {'[' * 5000}",  # deeper than Python recurses
+        f"slabs = {'9' * 5000}",  # longer than Python reads a number
+        "# \udcff",  # no UTF-8
+    ],
+)
+def test_a_file_that_cannot_be_read_as_toml_is_an_error_of_the_file(tmp_path, content):
+    path = tmp_path / "tensorferry.toml"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(file=path)
+
+
+def test_a_file_that_nobody_wrote_by_hand_is_not_read_to_its_end(tmp_path):
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
+        load(file=written(tmp_path, "#" * (1 << 20) + "\n"))
+
+
+def test_a_home_of_nobody_is_an_error_of_the_variable():
+    with pytest.raises(ConfigError, match=r"TENSORFERRY_CONFIG names ~nosuchuser/x\.toml"):
+        Settings.load(environ={"TENSORFERRY_CONFIG": "~nosuchuser/x.toml"})
+
+
+def test_what_has_no_end_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "fifo.toml"
+    os.mkfifo(path)
+    code = f"from tensorferry.core.settings import Settings; Settings.load(environ={{}}, file={str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "no regular file" in done.stderr
 
 
 def test_a_table_is_not_a_setting(tmp_path):
