@@ -7,10 +7,9 @@ import os
 import threading
 import time
 
-from tensorferry.backends import _nixl_poster
-from tensorferry.backends._engine_thread import Bell
+from tensorferry.backends import _engine_thread
 from tensorferry.backends._nixl_engine import Agent
-from tensorferry.backends._nixl_jobs import Job, Target
+from tensorferry.backends._nixl_jobs import Bell, Job, Target
 from tensorferry.backends._nixl_poster import Limits, Worker
 from tensorferry.backends._nixl_wireup import Wireup
 from tensorferry.core.transport import Status
@@ -24,7 +23,7 @@ class Crew:
     def __init__(self, agent: Agent, limits: Limits, workers: int) -> None:
         self.agent = agent
         self.limits = limits
-        self.bell = Bell(log)
+        self.bell: _engine_thread.Bell = Bell(log)
         self._pid = os.getpid()
         # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
         self._lock = threading.RLock()
@@ -38,11 +37,15 @@ class Crew:
     # ---- called by the transport -------------------------------------------------------------------------
 
     def write(self, job: Job) -> None:
-        """Queue a post. After `stop` it is FAILED at once, so that none is left behind by a race with it."""
+        """Queue a post. It is FAILED at once after `stop`, so that none is left behind by a race with it, and where the
+        peer's thread does not come back from the engine."""
         with self._lock:
             if not self._stopping:
-                self._worker(job.target).inbox.put(job)
-                return
+                worker = self._worker(job.target)
+                if not worker.hangs():
+                    worker.hand(job)
+                    return
+                worker.abandon()  # where this is the only thread no other one has looked
         self.bell.finish(job, Status.FAILED)
 
     def forget(self, target: Target) -> None:
@@ -57,8 +60,7 @@ class Crew:
 
     def stuck(self) -> bool:
         """A thread does not come back from the engine: no call that waits for all of them may be made."""
-        limit = time.monotonic() - self.limits.progress_s - _nixl_poster.STUCK_S
-        return any(0 < worker.called_at < limit for worker in self.workers)
+        return any(worker.hangs() for worker in self.workers)
 
     def stop(self) -> None:
         """Ask the threads to end, and the agent with them."""
@@ -116,8 +118,6 @@ class Crew:
 
     def look_around(self) -> None:
         """Give up the posts of a thread that does not come back from the engine."""
-        if self.stuck():
-            limit = time.monotonic() - self.limits.progress_s - _nixl_poster.STUCK_S
-            for worker in self.workers:
-                if 0 < worker.called_at < limit:
-                    worker.abandon()
+        for worker in self.workers:
+            if worker.hangs():
+                worker.abandon()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tensorferry.backends import _engine_jobs
+from tensorferry.backends import _engine_jobs, _engine_thread
 from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._nixl_engine import Piece, Request, Route
 from tensorferry.backends._nixl_wire import Descriptor
 from tensorferry.backends._process import ProcessWatch
+from tensorferry.core.transport import Status
 
 if TYPE_CHECKING:
     from tensorferry.backends._nixl_wireup import Wireup
 
 Batch = tuple[Route, list[Piece]]
 """One request: the engine takes one kind of memory on either side of it."""
+
+fate = threading.Lock()
+"""Held by whoever looks at a status and then gives one: two threads may, when one of them does not come back from the
+engine for long, and then does."""
 
 MOST_PIECES = 256
 """In one request: scattered ones cost 2.3 us each, all within one call."""
@@ -70,6 +76,32 @@ class Job(_engine_jobs.Job[Target, Batch]):
 
     retried: bool = False
     """The engine knew no such memory at first; the peer's metadata was taken in anew for it."""
+    taken: bool = False
+    """The thread that serves its peer has it."""
+
+    def take(self) -> bool:
+        """By that thread. False: it was given up before, and nothing of it may begin."""
+        with fate:
+            self.taken = self.status is Status.PENDING
+            return self.taken
+
+    def give_up(self) -> bool:
+        """By another thread, because that one does not come back: FAILED where it has not taken it, and never will; or
+        UNKNOWN. False: it had an outcome before."""
+        with fate:
+            if self.status is not Status.PENDING:
+                return False
+            self.status = Status.UNKNOWN if self.taken else Status.FAILED
+            return True
+
+
+class Bell(_engine_thread.Bell):
+    """The last status of a post stays, whoever else gives one at the same time."""
+
+    def finish(self, job: _engine_jobs.Job[Any, Any], status: Status) -> None:
+        with fate:
+            job.status = status
+        super().finish(job, status)
 
 
 @dataclass(eq=False, slots=True)

@@ -73,6 +73,8 @@ class Worker(EngineThread[Target, Job]):
         self._agent = crew.agent
         self._limits = crew.limits
         self._wireups = Wireups(self._agent)
+        self._handed: list[Job] = []
+        """What was queued and not taken."""
 
     @property
     def stopping(self) -> bool:
@@ -87,13 +89,23 @@ class Worker(EngineThread[Target, Job]):
         finally:
             self.called_at = 0.0
 
+    # ---- called by other threads -------------------------------------------------------------------------
+
+    def hand(self, job: Job) -> None:
+        """Queue a post."""
+        self._handed.append(job)
+        self.inbox.put(job)
+
+    def hangs(self) -> bool:
+        """It does not come back from the engine."""
+        return 0 < self.called_at < time.monotonic() - self._limits.progress_s - STUCK_S
+
     def abandon(self) -> None:
-        """From another thread: this one does not come back. What is with it may still land, or not."""
-        jobs = [job for target in list(self._targets) for job in [*target.jobs, *[s.job for s in target.under_way]]]
-        for job in jobs:
-            if job.status is Status.PENDING:
-                job.status = Status.UNKNOWN
-        self._bell.ring()
+        """This thread does not come back. What it has taken may still land, or not; what it has not is FAILED."""
+        taken = [job for target in list(self._targets) for job in [*target.jobs, *[s.job for s in target.under_way]]]
+        given_up = [job for job in [*list(self._handed), *taken] if job.give_up()]
+        if given_up:
+            self._bell.ring()
 
     # ---- the thread --------------------------------------------------------------------------------------
 
@@ -103,6 +115,10 @@ class Worker(EngineThread[Target, Job]):
         if isinstance(what, Wireup):
             self._wireups.add(what)
             return
+        if isinstance(what, Job):
+            self._handed.remove(what)
+            if not what.take():
+                return
         target = what if isinstance(what, Target) else what.target
         target.unwanted = isinstance(what, Target)  # a post after it has been disconnected: it is wanted again
         if isinstance(what, Job):

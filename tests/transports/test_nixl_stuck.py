@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from engine_kit import one_byte, post
-from transport_ends import PATIENCE_S, Process, at, ended, eventually, need, source
+from transport_ends import PATIENCE_S, Process, at, ended, eventually, filled, need, over, source
 
-from tensorferry.backends import _nixl_poster
+from tensorferry.backends import _nixl_jobs, _nixl_poster
 from tensorferry.backends._nixl_engine import Agent, Request
+from tensorferry.backends._nixl_jobs import Bell, Job, Target
 from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.core.transport import Copy, Region, Status
 
@@ -80,6 +83,75 @@ def join(transport: NixlTransport) -> None:
     for worker in transport._crew.workers:
         worker.thread.join(PATIENCE_S)
         assert not worker.thread.is_alive()
+
+
+# ---- what becomes of posts -----------------------------------------------------------------------------------
+
+
+def test_posts_to_a_thread_that_does_not_come_back_fail_and_nothing_of_them_begins(
+    opened: Callable[..., NixlTransport], hang: Callable[[], Hang]
+) -> None:
+    one, other = opened(workers=2), opened()
+    region = other.register(other.allocate(4096))
+    peer = one.connect(other.describe())
+    assert ended(one, write(one, peer, region)) is Status.DONE
+    assert peer.target.place == 0, "the other thread looks after this one"
+    mine = one.register(filled(one, b"y"))
+    held = hang()
+    first = write(one, peer, region)
+    assert held.within.wait(PATIENCE_S)
+    meanwhile = one.post(peer, [Copy(mine, 0, at(region), 1, 1)])
+    assert one.poll(meanwhile) is Status.PENDING
+    assert over(one, first) is Status.UNKNOWN
+    assert ended(one, meanwhile) is Status.FAILED
+    assert one.source_free(meanwhile)
+    late = one.post(peer, [Copy(mine, 0, at(region), 1, 1)])
+    assert one.poll(late) is Status.FAILED, "at once, for it is known"
+    held.go.set()
+    eventually(lambda: not one._crew.stuck())
+    assert ended(one, write(one, peer, region)) is Status.DONE, "it has come back"
+    assert one.poll(first) is Status.UNKNOWN
+    assert one.poll(meanwhile) is Status.FAILED
+    assert bytes(region.memory.view()[:2]) == b"x\0"
+
+
+def test_close_leaves_no_post_without_an_outcome(
+    opened: Callable[..., NixlTransport], hang: Callable[[], Hang]
+) -> None:
+    """Also where the thread has not been inside for long enough to be known as one that hangs."""
+    one, other = opened(progress_timeout=PATIENCE_S), opened()
+    region = other.register(other.allocate(4096))
+    peer = one.connect(other.describe())
+    assert ended(one, write(one, peer, region)) is Status.DONE
+    held = hang()
+    first = write(one, peer, region)
+    assert held.within.wait(PATIENCE_S)
+    meanwhile = write(one, peer, region)
+    one.close()
+    assert one.poll(first) is Status.UNKNOWN
+    assert one.poll(meanwhile) is Status.FAILED
+    held.go.set()
+    join(one)
+    assert one.poll(meanwhile) is Status.FAILED
+
+
+def test_done_stays_where_it_comes_while_the_post_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread comes back after another one has begun to give it up, and before that has looked at the status."""
+    job: Job = Job(Target.__new__(Target), deque(), [], 0.0)
+    assert job.take()
+    bell = Bell(logging.getLogger("test"))
+
+    class Slow:
+        def __enter__(self) -> None:
+            monkeypatch.setattr(_nixl_jobs, "fate", threading.Lock())
+            bell.finish(job, Status.DONE)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(_nixl_jobs, "fate", Slow())
+    assert not job.give_up()
+    assert job.status is Status.DONE
+    assert not job.take()
 
 
 # ---- close ---------------------------------------------------------------------------------------------------
