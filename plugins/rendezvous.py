@@ -42,7 +42,7 @@ AGAIN_SECONDS = 0.2
 """Between two looks for a name that is not there yet."""
 
 LEAVE_SECONDS = 1.0
-"""How long closing waits for a renewal that is under way."""
+"""How long closing waits for the entry to be withdrawn, a renewal that is under way included."""
 
 
 def open_directory(url: str, *, seconds: float = ANSWER_SECONDS) -> Directory:
@@ -114,16 +114,31 @@ class Publication:
         self._ttl = ttl
         self._pid = os.getpid()
         self._leave = threading.Event()
+        self._leave_by = 0.0  # on the monotonic clock; 0 while nobody has asked for it
+        self._thread = threading.Thread(target=self._run, name=f"tensorferry-entry-{entry.name}", daemon=True)
         try:
             directory.publish(entry, ttl)
+            try:
+                self._thread.start()
+            except RuntimeError as problem:  # the system has no more threads
+                raise DirectoryUnavailable(f"the entry of {entry.name} could not be renewed: {problem}") from None
         except BaseException:
             directory.close()
             raise
-        self._thread = threading.Thread(target=self._keep, name=f"tensorferry-entry-{entry.name}", daemon=True)
-        self._thread.start()
         log.info("%s is found as %s for %g s at a time", entry.address, entry.name, ttl)
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
+        """Renew until the end, then withdraw: in this thread, so that closing need not wait for a slow directory."""
+        try:
+            if self._keep():
+                self._directory.withdraw(self.entry)
+        except Exception as problem:  # noqa: BLE001 - as in `_keep`
+            log.warning("the entry of %s is left to expire: %s", self.entry.name, problem)
+        finally:
+            self._directory.close()
+
+    def _keep(self) -> bool:
+        """Whether there may be an entry to withdraw; false where a later incarnation has the name."""
         while not self._leave.wait(self._ttl / RENEWALS):
             try:
                 if (address := self._found_at(self.entry.address)) != self.entry.address:
@@ -133,7 +148,7 @@ class Publication:
             except NameTaken as problem:
                 self.error = problem
                 log.error("%s is not found as %s any more: %s", self.entry.address, self.entry.name, problem)
-                return
+                return False
             except Exception as problem:  # noqa: BLE001 - it may be foreign code, and transfers go on without it
                 if self.error is None:
                     log.warning("the entry of %s cannot be renewed: %s", self.entry.name, problem)
@@ -144,20 +159,20 @@ class Publication:
                 if self.error is not None:
                     log.info("%s is found as %s again", self.entry.address, self.entry.name)
                 self.error = None
+        return True
+
+    def leave(self) -> None:
+        """Begin to close, and wait for nothing: for several at once. Idempotent."""
+        if os.getpid() == self._pid and not self._leave_by:  # it is not a forked child's to withdraw
+            self._leave_by = time.monotonic() + LEAVE_SECONDS
+            self._leave.set()
 
     def close(self) -> None:
-        """Withdraw the entry. Idempotent, never raises; where the directory does not answer, the entry expires."""
-        if os.getpid() != self._pid or self._leave.is_set():  # it is not a forked child's to withdraw
-            return
-        self._leave.set()
-        self._thread.join(LEAVE_SECONDS)
-        try:
-            if self.error is None and not self._thread.is_alive():
-                self._directory.withdraw(self.entry)
-        except Exception as problem:  # noqa: BLE001 - as in `_keep`
-            log.warning("the entry of %s is left to expire: %s", self.entry.name, problem)
-        finally:
-            self._directory.close()
+        """Withdraw the entry. Idempotent, never raises. Waits a second at most: where the directory has not answered by
+        then, its answer is waited for in the publication's thread, and where none comes, the entry expires."""
+        self.leave()
+        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
+            self._thread.join(max(0.0, self._leave_by - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 import torch
 from carry_kit import listing, paste, sending, small_file
-from etcd_kit import Etcd, until
+from etcd_kit import PATIENCE, Etcd, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -479,8 +480,8 @@ def test_an_entry_is_renewed_until_it_is_closed(url, directory):
         until(lambda: counting.published > 2 * rendezvous.RENEWALS, "twice its time")
         until(lambda: found(directory) == entry(7), "the entry: where this machine was held up, it had expired")
         assert publication.error is None
-    assert found(directory) is None
-    publication.close()
+        publication.close()
+    until(lambda: found(directory) is None, "the entry to be withdrawn: this machine is slow")
 
 
 def test_a_publication_that_is_replaced_says_so_and_leaves_the_other_alone(url, directory):
@@ -556,6 +557,8 @@ def test_a_receiver_finds_a_sender_by_name_and_its_successor_at_once(url):
             assert receiver.find("encoder-0", timeout=0) == second.address != first.address
             second.send(1, x=rows)
             assert torch.equal(receiver.receive(1, receiver.find("encoder-0")).result(timeout=30).x, rows)
+        with tf.open_directory(url) as directory:
+            until(lambda: found(directory) is None, "the entry to be withdrawn: this machine is slow")
         with pytest.raises(errors.UnknownName, match="encoder-0"):
             receiver.find("encoder-0", timeout=0)
         assert publication.error is None or isinstance(publication.error, errors.NameTaken)
@@ -620,8 +623,89 @@ class Shelf(Directory):
         return
 
 
+class Lame(Shelf):
+    """Publishes once, and withdraws when it is `well`."""
+
+    def __init__(self) -> None:
+        self.well = threading.Event()
+        self.withdrawing = self.closed = False
+        self.kept = {}
+
+    def publish(self, one: Entry, ttl: float) -> None:
+        if self.kept:
+            raise errors.DirectoryUnavailable("no answer")
+        super().publish(one, ttl)
+
+    def withdraw(self, one: Entry) -> None:
+        self.withdrawing = True
+        assert self.well.wait(PATIENCE)
+        super().withdraw(one)
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Later(Shelf):
     contract_version = 2
+
+
+def test_a_renewal_that_was_lost_keeps_no_entry_from_being_withdrawn():
+    shelf = Lame()
+    shelf.well.set()
+    with Publication(shelf, entry(7), 0.1) as publication:
+        until(lambda: publication.error, "a renewal that is lost")
+        assert shelf.kept == {"encoder-0": entry(7)}
+    until(lambda: shelf.closed, "the end: this machine is slow")
+    assert shelf.kept == {}
+
+
+def test_closing_waits_for_no_directory_however_many_entries_there_are(monkeypatch):
+    shelves: list[Lame] = []
+
+    def opened(url: str) -> Lame:
+        shelves.append(Lame())
+        return shelves[-1]
+
+    monkeypatch.setattr(api, "open_directory", opened)
+    with tf.Sender(LAYOUT, transport="memory") as sender:
+        for number in range(3):
+            sender.publish(f"encoder-{number}")
+        began = time.monotonic()
+        sender.close()
+        assert time.monotonic() - began < PATIENCE / 2  # none of them waits less than PATIENCE
+        until(lambda: all(shelf.withdrawing for shelf in shelves), "each of them to be asked")
+        assert not any(shelf.closed for shelf in shelves)
+        for shelf in shelves:
+            shelf.well.set()
+        until(lambda: all(shelf.closed for shelf in shelves), "the late answers")
+    assert [shelf.kept for shelf in shelves] == [{}, {}, {}]
+
+
+def test_an_interrupt_while_an_entry_is_withdrawn_leaves_no_endpoint_open(monkeypatch):
+    def interrupted(self: Publication) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "open_directory", lambda url: Shelf())
+    sender = tf.Sender(LAYOUT, transport="memory")
+    sender.publish("encoder-0")
+    with monkeypatch.context() as now:
+        now.setattr(Publication, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sender.close()
+    with pytest.raises(errors.BadCall, match="closed"):
+        sender.announce(1, 10)
+    until(lambda: Shelf.kept == {}, "the entry to be withdrawn")
+
+
+def test_an_entry_that_no_thread_could_renew_is_a_typed_error(monkeypatch):
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    shelf = Lame()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(errors.DirectoryUnavailable, match="can't start new thread"):
+        Publication(shelf, entry(7), LONG)
+    assert shelf.closed
 
 
 def test_whoever_closes_while_it_publishes_is_not_found_afterwards(monkeypatch):

@@ -85,9 +85,13 @@ class Sender(sending.Sender):
 
     def close(self) -> None:
         self._leaving = True
-        for one in self._publications:  # first, so that nobody is sent here any more
-            one.close()
-        super().close()
+        try:
+            for one in self._publications:  # first, so that nobody is sent here any more
+                one.leave()
+            for one in self._publications:
+                one.close()
+        finally:  # an interrupt ends the waiting for a directory, and not the endpoint's own end
+            super().close()
 
 
 class Receiver(receiving.Receiver):
