@@ -16,7 +16,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
@@ -33,7 +32,7 @@ from tensorferry.core.errors import (
     FerryError,
     InternalError,
 )
-from tensorferry.core.handles import EndpointThread
+from tensorferry.core.handles import Bells, EndpointThread
 from tensorferry.core.layout import Layout
 from tensorferry.core.memory import HOST, Place
 from tensorferry.core.selection import Verdict
@@ -51,6 +50,44 @@ CLOSE_SECONDS = 1.0
 
 CALL_SECONDS = 60.0
 """A caller's own request is answered by the I/O thread within a turn; beyond this something is badly wrong."""
+
+
+class Asked:
+    """What a caller wants done in the I/O thread, and what came of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._value: Any = None
+        self._error: Exception | None = None
+        self._over = False
+        self._bells = Bells()
+
+    def do(self) -> None:
+        """By the I/O thread."""
+        try:
+            self._value = self._work()
+        except Exception as problem:  # noqa: BLE001 - whatever it is, it belongs to the caller
+            self._error = problem
+        self._over = True
+        self._bells.ring()
+
+    def refuse(self) -> None:
+        """Instead: the endpoint is closed."""
+        self._work = _closed
+        self.do()
+
+    def answered(self, seconds: float) -> bool:
+        return self._bells.wait(lambda: self._over, seconds)
+
+    def answer(self) -> Any:
+        """What the work returned, or raises what it raised. Once."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it knows this frame, and must not hold what the caller's frames hold
+        return self._value
 
 
 class Endpoint:
@@ -83,7 +120,7 @@ class Endpoint:
             raise ConfigError(f"an endpoint's name cannot hold control characters: {self.name!r}")
         self.carriers = Carriers(transports, require=settings.require, place=place, passed_over=passed_over)
         self._watches = Watches()
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._commands: deque[Asked] = deque()
         self._changed: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a caller may never poll
         self._pid = os.getpid()
         self._closing = False
@@ -164,8 +201,7 @@ class Endpoint:
                         continue
                     self._guard(lambda r=route, x=message, t=now: self._on_message(r, x, t), message)  # type: ignore[misc]
                 while self._commands:
-                    command, future = self._commands.popleft()
-                    self._answer(command, future)
+                    self._next_command(Asked.do)
                 busy = bool(self._guard(self._progress))
                 if now >= next_tick:
                     live = bool(self._guard(lambda t=now: self._tick(t)))  # type: ignore[misc]
@@ -179,7 +215,7 @@ class Endpoint:
             self._guard(self._release)
             self._guard(self._control.close)
             while self._commands:
-                self._answer(_closed, self._commands.popleft()[1])
+                self._next_command(Asked.refuse)
             self._over = True
 
     def _guard(self, work: Callable[[], Any], message: m.Message | None = None) -> Any:
@@ -207,13 +243,12 @@ class Endpoint:
             error = problem if isinstance(problem, FerryError) else InternalError(repr(problem))
             self._guard(lambda: blame(error))
 
-    def _answer(self, command: Callable[[], Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return  # the caller has gone
+    def _next_command(self, what: Callable[[Asked], None]) -> None:
         try:
-            future.set_result(command())
-        except Exception as problem:  # noqa: BLE001 - whatever it is, it belongs to the caller
-            future.set_exception(problem)
+            asked = self._commands.popleft()
+        except IndexError:
+            return  # its caller has given it up this instant
+        what(asked)
 
     def _do(self, effects: Iterable[Effect]) -> None:
         """Carry out every effect: one that fails has others behind it, of other rooms. Raises the first error then."""
@@ -240,20 +275,25 @@ class Endpoint:
         """
         self._check_caller(later=later)
         unanswered = later and isinstance(threading.current_thread(), EndpointThread)
-        future: Future[Any] = Future()
-        self._commands.append((partial(self._guard, work) if unanswered else work, future))
+        asked = Asked(partial(self._guard, work) if unanswered else work)
+        self._commands.append(asked)
         self._control.wake()
         if unanswered:
             return None
-        if self._stopped.is_set() and future.cancel():  # it ended meanwhile, and nobody has answered
+        if self._stopped.is_set() and self._give_up(asked):  # it ended meanwhile, and nobody is going to answer
             _closed()
+        if not asked.answered(CALL_SECONDS):
+            self._give_up(asked)  # it is not done any more, unless it has begun
+            raise InternalError(f"the endpoint's thread has not answered within {CALL_SECONDS:g} s")
+        return asked.answer()
+
+    def _give_up(self, asked: Asked) -> bool:
+        """True: the I/O thread has not taken it, and never will."""
         try:
-            return future.result(CALL_SECONDS)
-        except TimeoutError:
-            if future.done() and not future.cancelled():  # what the work raised, or answered in the last moment
-                return future.result()
-            future.cancel()  # it is not made any more, unless it has begun
-            raise InternalError(f"the endpoint's thread has not answered within {CALL_SECONDS:g} s") from None
+            self._commands.remove(asked)
+        except ValueError:
+            return False
+        return True
 
     def _check_caller(self, *, later: bool = False) -> None:
         """Raises BadCall where `_call` would not even ask."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -34,6 +37,43 @@ class EndpointThread(threading.Thread):
     nothing that blocks is for it, and finalizers (`__del__`) may run in it as in any thread."""
 
 
+class Bells:
+    """Those who wait for one thing to change, each with a lock of its own.
+
+    There is no lock that both sides take, as a Condition has, and a Future: a signal's handler may run in a thread that
+    waits, wherever it is, and wait in there for the I/O thread (`close`, `cancel`), which has to get on.
+    """
+
+    def __init__(self) -> None:
+        self._hung: deque[threading.Lock] = deque()
+
+    def ring(self) -> None:
+        """By whoever has changed something, afterwards: all that wait look again."""
+        for _ in range(len(self._hung)):  # and not those who come meanwhile: they have seen it
+            try:
+                bell = self._hung.popleft()
+            except IndexError:  # its owner was quicker
+                return
+            bell.release()
+
+    def wait(self, what: Callable[[], bool], timeout: float | None) -> bool:
+        """Until `what()`, for `timeout` seconds at most (None: for ever). False: not in that time."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not what():
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            bell = threading.Lock()
+            bell.acquire()
+            try:
+                self._hung.append(bell)
+                if not what():  # it may have changed before the bell hung there
+                    bell.acquire(timeout=min(left, threading.TIMEOUT_MAX))
+            finally:
+                with suppress(ValueError):  # it has been rung
+                    self._hung.remove(bell)
+        return True
+
+
 class Transfer:
     """What both sides' transfers have in common."""
 
@@ -50,8 +90,8 @@ class Transfer:
         said otherwise after a write, what it said. Empty until then."""
         self.verdicts: tuple[Verdict, ...] = ()
         """Every transport of either side, best first, each with the reason for its place or for not being used."""
-        self._changed = threading.Condition()
-        self._waiters: list[Callable[[], None]] = []
+        self._bells = Bells()
+        self._waiters: deque[Callable[[], None]] = deque()
         self._pid = os.getpid()
 
     @property
@@ -61,12 +101,12 @@ class Transfer:
 
     def _published(self) -> None:
         """By the I/O thread, after it has changed something."""
-        with self._changed:
-            self._changed.notify_all()
-            waiters = self._waiters if self.done else []
-            if self.done:
-                self._waiters = []
-        for waiter in waiters:
+        self._bells.ring()
+        while self.done and self._waiters:
+            try:
+                waiter = self._waiters.popleft()
+            except IndexError:  # it has just given up
+                return
             try:
                 waiter()
             except Exception:  # a waiter's own trouble; the others wait as well
@@ -85,13 +125,12 @@ class Transfer:
         self._check_process()
         if isinstance(threading.current_thread(), EndpointThread):
             raise BadCall("not finished, and this is an endpoint's own thread, which cannot wait", room=self.room)
-        with self._changed:
-            if not self._changed.wait_for(what, timeout):
-                raise DeadlineExceeded(
-                    f"not finished within {timeout:g} s ({self.status}); the transfer goes on",
-                    room=self.room,
-                    hint="Wait again, or cancel it",
-                )
+        if not self._bells.wait(what, timeout):
+            raise DeadlineExceeded(
+                f"not finished within {timeout:g} s ({self.status}); the transfer goes on",
+                room=self.room,
+                hint="Wait again, or cancel it",
+            )
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the end. Raises the transfer's error if it failed; DeadlineExceeded after `timeout` seconds
@@ -121,16 +160,13 @@ class Transfer:
         if self.done:
             return self._outcome()
         self._check_process()
-        with self._changed:
-            done = self.done
-            if not done:
-                self._waiters.append(from_thread)
-        if not done:
-            try:
+        self._waiters.append(from_thread)
+        try:
+            if not self.done:  # it may have ended before that
                 yield from future
-            finally:  # cancelled, perhaps: a caller that waits with a time-out, again and again, leaves nothing here
-                with self._changed, suppress(ValueError):
-                    self._waiters.remove(from_thread)
+        finally:  # cancelled, perhaps: a caller that waits with a time-out, again and again, leaves nothing here
+            with suppress(ValueError):
+                self._waiters.remove(from_thread)
         return self._outcome()
 
     def __repr__(self) -> str:

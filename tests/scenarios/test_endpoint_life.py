@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from tensorferry.backends import tcp
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.backends.shm import ShmOptions, ShmTransport
 from tensorferry.core import asking, carriers, control, receiving, sending
+from tensorferry.core.endpoint import Asked
 from tensorferry.core.transport import Region
 
 
@@ -347,31 +347,27 @@ def test_everybody_who_closes_returns_when_it_is_over() -> None:
         assert over == [True] * 4  # all is released; the thread itself may live a moment longer
 
 
-def test_a_call_that_was_given_up_is_not_made_and_ends_nothing() -> None:
-    with Quay(layout=SMALL) as quay:
-        made: list[int] = []
-        given_up: Future[Any] = Future()
-        given_up.cancel()
-        quay.sender._commands.append((lambda: made.append(1), given_up))
-        assert quay.sender._call(lambda: 5) == 5
-        assert made == []
-        quay.carry(10)
-
-
 def test_whoever_calls_while_it_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with Quay(layout=SMALL, clean=False) as quay:
-        release = quay.sender._release
-        given_up, waiting = Future[Any](), Future[Any]()
-        given_up.cancel()
+        release, waiting = quay.sender._release, Asked(lambda: None)
 
         def call_too_late() -> None:
-            quay.sender._commands.extend([(lambda: None, given_up), (lambda: None, waiting)])
+            quay.sender._commands.append(waiting)
             release()
 
         monkeypatch.setattr(quay.sender, "_release", call_too_late)
         quay.sender.close()
+        assert waiting.answered(PATIENCE)
         with pytest.raises(errors.BadCall, match="closed"):
-            waiting.result(PATIENCE)
+            waiting.answer()
+
+
+def test_whoever_calls_when_it_has_just_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Quay(layout=SMALL, clean=False) as quay:
+        monkeypatch.setattr(quay.sender, "_check_caller", lambda later: quay.sender.close())  # over when it goes on
+        with pytest.raises(errors.BadCall, match="closed"):
+            quay.sender._call(lambda: 5)
+        assert not quay.sender._commands
 
 
 # ---- fork ----------------------------------------------------------------------------------------------------
@@ -410,15 +406,14 @@ def test_a_forked_child_is_refused_at_once_and_its_parent_goes_on() -> None:
         async def awaited() -> Any:
             return await receiving
 
-        with receiving._changed, sending._changed:  # as the I/O thread may, at the moment of the fork
-            told = in_a_forked_child(
-                {
-                    "wait": lambda: receiving.wait(5), "for ever": sending.wait, "result": receiving.result,
-                    "rows": lambda: next(receiving.rows()), "await": lambda: asyncio.run(awaited()),
-                    "put": lambda: sending.put(0, **given), "cancel": sending.cancel, "over": over.result,
-                    "send": lambda: quay.sender.send(2, **given), "close": quay.close,
-                }
-            )  # fmt: skip
+        told = in_a_forked_child(
+            {
+                "wait": lambda: receiving.wait(5), "for ever": sending.wait, "result": receiving.result,
+                "rows": lambda: next(receiving.rows()), "await": lambda: asyncio.run(awaited()),
+                "put": lambda: sending.put(0, **given), "cancel": sending.cancel, "over": over.result,
+                "send": lambda: quay.sender.send(2, **given), "close": quay.close,
+            }
+        )  # fmt: skip
         refused = dict.fromkeys(["wait", "for ever", "result", "rows", "await", "put", "cancel", "send"], "BadCall")
         assert told == {**refused, "over": "done", "close": "done"}
         sending.put(0, **given)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import itertools
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import _base
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import pytest
 from scenario_kit import PATIENCE, SMALL, Quay, assert_same, rows
 
 from tensorferry import errors
-from tensorferry.core import endpoint
+from tensorferry.core import endpoint, handles
 
 TOKENS = 100
 
@@ -129,3 +135,103 @@ def test_a_thread_that_does_not_answer_is_a_typed_error_and_what_was_asked_is_no
         monkeypatch.undo()
         quay.carry(TOKENS)
         assert done == []
+
+
+# ---- in a signal's handler ---------------------------------------------------------------------------------------
+
+WAITING = tuple(module.__file__ for module in (endpoint, handles, threading, _base))
+"""Where a caller may be while it waits."""
+
+
+def interrupted(number: int, call: Callable[[], object], handler: Callable[[], object]) -> bool:
+    """`call`, with `handler` called before line `number` of those that it runs there: Python calls a signal's handler
+    between two lines of whatever the main thread is at. False where `call` was over before."""
+    left = number
+
+    def at_line(frame: FrameType, event: str, value: object) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                handler()
+        return at_line
+
+    def enter(frame: FrameType, event: str, value: object) -> Any:
+        return at_line if frame.f_code.co_filename in WAITING else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for itself is noticed after a while, and not after a minute for each line."""
+    monkeypatch.setattr(endpoint, "CALL_SECONDS", 10.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_handler_may_call_wherever_a_call_is() -> None:
+    with Quay(layout=SMALL) as quay:
+        for number in itertools.count(1):
+            go, told = threading.Event(), list[int]()
+
+            def slow(go: threading.Event = go) -> None:
+                go.wait(0.05)  # so that the caller is waiting when the handler comes
+
+            def handler(go: threading.Event = go, told: list[int] = told) -> None:
+                go.set()
+                told.append(quay.receiver.free_blocks)
+
+            if not interrupted(number, lambda slow=slow: quay.receiver._call(slow), handler):  # type: ignore[misc]
+                break
+            assert told == [quay.receiver.pool_blocks]
+        assert number > 20
+
+
+def waits(how: str, transfer: Any) -> Callable[[], object]:
+    async def awaited() -> None:
+        async with asyncio.timeout(0.05):
+            await transfer
+
+    calls = {
+        "wait": lambda: transfer.wait(0.05),
+        "rows": lambda: next(transfer.rows(0.05)),
+        "await": lambda: asyncio.run(awaited()),
+    }
+    return calls[how]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("how", ["wait", "rows", "await"])
+def test_a_handler_may_cancel_what_is_waited_for_wherever_the_waiter_is(how: str) -> None:
+    with Quay(layout=SMALL) as quay:
+        for number in itertools.count(1):
+            receiving = quay.receive(number)
+            over = False
+            with suppress(errors.Cancelled, errors.DeadlineExceeded, TimeoutError):
+                over = not interrupted(number, waits(how, receiving), receiving.cancel)
+            if over or not receiving.done:
+                receiving.cancel()
+                break
+            with pytest.raises(errors.Cancelled):
+                receiving.wait(PATIENCE)
+        assert number > 10
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_handler_may_close_while_its_thread_waits() -> None:
+    with Quay(layout=SMALL, clean=False) as quay:
+        for number in itertools.count(1):
+            receiver = quay.add_receiver()
+            receiving = receiver.receive(number, quay.sender.address)
+            with suppress(errors.Cancelled, errors.DeadlineExceeded):
+                interrupted(number, waits("wait", receiving), receiver.close)
+            if not receiver._closing:
+                break
+            assert receiver._over  # it has not waited in vain
+        assert number > 10
