@@ -16,6 +16,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import zmq
 
@@ -294,9 +295,10 @@ class Control:
             log.debug("a message was dropped: %s", problem)
 
     def receive(self, timeout: float) -> list[tuple[str, Message]]:
-        """Wait up to `timeout` seconds for frames or a wake; returns what decodes, with the route that answers it."""
-        ready = dict(self._poller.poll(max(0, int(timeout * 1000 + 0.999))))
-        if self._bell is not None and ready.pop(self._bell.fd, None):
+        """Wait up to `timeout` seconds for frames or a wake; returns what decodes, with the route that answers it. A
+        timeout of less than 1 ms is waited out, whatever comes."""
+        ready = self._wait(timeout)
+        if self._bell is not None and ready.pop(self._bell.fd, 0):
             with suppress(BlockingIOError):
                 os.eventfd_read(self._bell.fd)
         self._follow_names()
@@ -310,6 +312,15 @@ class Control:
         if self._router is not None and self._router in ready:
             self._drain(self._router, "", received)
         return received
+
+    def _wait(self, timeout: float) -> dict[Any, int]:
+        """What can be read. ZMQ waits for whole milliseconds: less is slept, and what comes meanwhile is found then."""
+        if 0 < timeout < 0.001:
+            if ready := dict(self._poller.poll(0)):
+                return ready
+            time.sleep(timeout)
+            timeout = 0
+        return dict(self._poller.poll(max(0, int(timeout * 1000 + 0.999))))
 
     def _drain(self, socket: zmq.Socket[bytes], address: str, received: list[tuple[str, Message]]) -> None:
         for _ in range(MOST_FRAMES_A_TURN):

@@ -16,6 +16,7 @@ import zmq
 from tensorferry.core import control as control_module
 from tensorferry.core import messages as m
 from tensorferry.core.control import MOST_FRAMES_A_TURN, Control, speaks_for
+from tensorferry.core.endpoint import BUSY_POLL
 from tensorferry.core.errors import ConfigError, Overloaded
 from tensorferry.core.wire import encode
 
@@ -322,3 +323,25 @@ def test_at_the_limit_of_open_files_the_error_is_typed_and_the_process_goes_on(b
     assert {what for left, what in told if int(left) < 16} == {"True"}, done.stdout + done.stderr
     assert [left for left, what in told if what == "made"] == [str(left) for left in range(16, 24)]
     assert {what for _, what in told} <= {"True", "made"}, done.stdout + done.stderr
+
+
+def test_a_wait_of_less_than_a_millisecond_is_one(stack: ExitStack) -> None:
+    """ZMQ counts in whole ones; a transport that does not wake us would be looked at five times too seldom."""
+    server = listening(stack)
+    took = []
+    for _ in range(200):
+        began = time.perf_counter()
+        assert server.receive(BUSY_POLL) == []
+        took.append(time.perf_counter() - began)
+    assert BUSY_POLL <= min(took) < 0.0009
+
+
+def test_what_comes_during_a_short_wait_is_found_by_it(stack: ExitStack) -> None:
+    server = listening(stack)
+    client = dialling(stack, server.address)
+    client.send(server.address, PING)
+    found: list[tuple[str, m.Message]] = []
+    deadline = time.monotonic() + PATIENCE_S
+    while not found and time.monotonic() < deadline:
+        found = server.receive(BUSY_POLL)
+    assert [message for _, message in found] == [PING]
