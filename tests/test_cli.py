@@ -294,3 +294,41 @@ def test_a_reader_that_goes_away_is_no_traceback():
     command = f"{sys.executable} -m tensorferry config show --format json | head -c 1"
     done = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "args", [["config", "show"], ["config", "show", "--format", "json"], ["--help"], ["--version"]]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_said_and_is_no_defect_of_ours(args, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tensorferry", *args],
+            env=environment(PYTHONUNBUFFERED=unbuffered), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: standard output cannot be written to: No space left on device" in done.stderr
+    assert "report" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status"),
+    [("--format json >/dev/full", 1), ("--format json --slabs 0 >/dev/full", 1), ("--slabs 0", 2), ("--debug", 0)],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_error_that_cannot_be_said_leaves_its_status(wanted, status, unbuffered):
+    command = f"{sys.executable} -m tensorferry config show {wanted} 2>/dev/full"
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    assert subprocess.run(["sh", "-c", command], env=env, check=False).returncode == status
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("wanted", "status"), [("config show --origin", 0), ("doctor shm", 0), ("doctor nothing", 2)])
+def test_with_streams_that_are_closed_the_status_says_it(wanted, status, closed):
+    command = f"{sys.executable} -m tensorferry {wanted} {closed}"
+    done = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert "Traceback" not in done.stderr
+    assert "report" not in done.stderr
