@@ -6,7 +6,6 @@ UCX, the engine under it, takes its settings from variables of the process when 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -15,6 +14,8 @@ from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from tensorferry.backends._cma import copy_refused as copy_refused
+from tensorferry.backends._cma import ptrace_scope as ptrace_scope
 from tensorferry.backends._loader import missing, refused, replace, too_old, useless
 from tensorferry.backends._rdma import rdma_ports, why_not_usable
 from tensorferry.backends._wheel import brings, why_not_whole
@@ -316,35 +317,6 @@ def why_not_cuda(module: str, backend: str, found: Collection[str]) -> tuple[str
     if tls and (tls.startswith("^") or not names & {"cuda", "cuda_copy", "all"}):
         return f"UCX_TLS={tls} leaves CUDA out", "Add cuda_copy to it, or unset it"
     return "", ""
-
-
-def ptrace_scope() -> str:
-    """What Yama lets processes do to each other: "0" to "3", or "none" where it is not there."""
-    try:
-        return Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii").strip()
-    except OSError:
-        return "none"
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def copy_refused(pid: int, address: int) -> str:
-    """Why this process may not copy from and to the memory of `pid` (by CMA, which UCX uses); "" where it may.
-
-    Reads the byte at `address`: the kernel asks the same of a reader as of a writer.
-    """
-    here = ctypes.create_string_buffer(1)
-    local = _Iovec(ctypes.addressof(here), 1)
-    remote = _Iovec(address, 1)
-    ctypes.set_errno(0)
-    if _libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) == 1:
-        return ""
-    return os.strerror(ctypes.get_errno())
 
 
 def said(*names: str) -> dict[str, str]:
