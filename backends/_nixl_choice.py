@@ -35,7 +35,7 @@ def choose(chosen: NixlOptions) -> tuple[frozenset[str], str]:
         return frozenset({chosen.require}), chosen.require
     if not cause and not tls and not chosen.require:
         return frozenset({RDMA}), RDMA
-    return (ways if not cause else ways - {RDMA}), ""
+    return (ways - {RDMA} if environment.why_never_rdma()[0] else ways), ""
 
 
 def copies_refused() -> str:

@@ -275,7 +275,20 @@ def _way(name: str) -> str:
 
 
 def why_not_rdma() -> tuple[str, str]:
-    """Why UCX would not use RDMA, and what helps. ("", "") where nothing that we can see stands against it."""
+    """Why it cannot be said of UCX that it uses RDMA, and what helps. ("", "") where nothing that we can see stands
+    against it."""
+    cause, remedy = why_never_rdma()
+    tls = os.environ.get("UCX_TLS", "")
+    if not cause and tls and allowed() != {RDMA}:
+        return (
+            f"UCX_TLS={tls} lets UCX take another way without saying so",
+            "Unset it, or name RDMA alone (UCX_TLS=rc)",
+        )
+    return cause, remedy
+
+
+def why_never_rdma() -> tuple[str, str]:
+    """Why UCX cannot use RDMA, and what helps. ("", "") where it may, if perhaps among other ways."""
     ports = rdma_ports()
     if not ports:
         return "there is no RDMA device", "Check `ls /sys/class/infiniband`, and that a container is given its devices"

@@ -336,8 +336,30 @@ def test_where_a_device_is_active_ucx_is_given_nothing_else(
     assert choose(NixlOptions(require="tcp")) == ({"tcp"}, "tcp")
     monkeypatch.setenv("UCX_TLS", "rc,tcp")  # the user's own mixture: nothing says which of them UCX takes
     assert choose(NixlOptions()) == ({"rdma", "tcp"}, "")
-    with pytest.raises(environment.Unfit, match="UCX would use the latter"):
+    with pytest.raises(environment.Unfit, match="UCX_TLS=rc,tcp lets UCX take another way"):
         choose(NixlOptions(require="rdma"))
+    with pytest.raises(environment.Unfit, match="UCX would use the latter"):
+        choose(NixlOptions(require="tcp"))
+
+
+@pytest.mark.parametrize("tls", ["all", "rc,tcp", "ib,tcp", "^cma", "rc,cma"])
+def test_a_mixture_of_the_users_is_no_promise_of_rdma(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None, tls: str
+) -> None:
+    """UCX does not say which of them it takes: the probe said rdma, and the path was tcp."""
+    monkeypatch.setenv("UCX_TLS", tls)
+    monkeypatch.setattr(Agent, "__init__", lambda *_: pytest.fail("an engine was started"))
+    probe = NixlTransport.probe()
+    assert (probe.readiness, probe.path) == (Readiness.DEGRADED, "tcp")
+    assert probe.reason.endswith(f"UCX_TLS={tls} lets UCX take another way without saying so")
+    assert probe.hint == "Unset it, or name RDMA alone (UCX_TLS=rc)"
+    assert "rdma" in choose(NixlOptions())[0], "a peer that has nothing else is reached by it"
+
+
+@pytest.mark.parametrize("tls", ["rc", "ib", "rc_v,ud_v", "^tcp,cma", "rc,self"])
+def test_rdma_alone_is_one(monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None, tls: str) -> None:
+    monkeypatch.setenv("UCX_TLS", tls)
+    assert environment.why_not_rdma() == ("", "")
 
 
 def test_an_active_device_that_ucx_cannot_use_is_not_replaced_either(
