@@ -93,9 +93,21 @@ class Unfit(Exception):
 
 def prepare() -> None:
     """Set what the user has not set."""
-    for variable in SETS:
-        if variable.name != MODULES_VARIABLE or _rdma_is_in_vain():
-            os.environ.setdefault(variable.name, variable.value)
+    for variable in sets_here():
+        os.environ.setdefault(variable.name, variable.value)
+
+
+def sets_here() -> tuple[EngineVariable, ...]:
+    """What `prepare` sets on this host, where the user has not."""
+    modules = _rdma_is_in_vain()
+    return tuple(variable for variable in SETS if modules or variable.name != MODULES_VARIABLE)
+
+
+class SetsHere:
+    """`sets_here()` as an attribute of a class: when it is asked for, not when the class is made."""
+
+    def __get__(self, _instance: object, _owner: type) -> tuple[EngineVariable, ...]:
+        return sets_here()
 
 
 def _rdma_is_in_vain() -> bool:

@@ -91,7 +91,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         fences=frozenset({Fence.PEER_GONE}),
         wakes=True,
     )
-    sets = environment.SETS
+    sets = environment.SetsHere()
 
     @classmethod
     def probe(cls) -> Probe:
@@ -103,7 +103,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             cause, remedy = environment.why_not_rdma()
             environment.refuse_nothing_left(cause, remedy)
             if not cause:
-                with left_as_found(cls.sets):
+                with left_as_found(environment.SETS):
                     Agent("UCX", RDMA, 1).close()
         except Unfit as unfit:
             return Probe(Readiness.UNAVAILABLE, unfit.reason, unfit.hint, _facts())

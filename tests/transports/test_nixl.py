@@ -458,7 +458,7 @@ def test_what_is_set_is_listed_with_its_reason_and_the_users_value_wins(
         "UCX_DEBUG_SIGNO": "0",
     }
     assert all(variable.reason for variable in environment.SETS)
-    assert NixlTransport.sets is environment.SETS
+    assert NixlTransport.sets == environment.SETS
 
 
 def test_on_a_host_with_an_rdma_device_ucx_keeps_its_modules(
@@ -468,6 +468,9 @@ def test_on_a_host_with_an_rdma_device_ucx_keeps_its_modules(
     monkeypatch.setattr(environment, "why_not_usable", lambda *_: ("", ""))
     environment.prepare()
     assert "UCX_MODULES" not in os.environ
+    assert "UCX_MODULES" not in [variable.name for variable in NixlTransport.sets], "config show tells these"
+    monkeypatch.setattr(environment, "rdma_ports", dict)
+    assert "UCX_MODULES" in [variable.name for variable in NixlTransport.sets]
 
 
 def test_standard_output_stays_the_programs_own_however_much_the_engine_has_to_say(installed: None) -> None:
