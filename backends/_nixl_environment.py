@@ -56,6 +56,9 @@ it tries for ever."""
 
 RDMA, MEMCPY, TCP = "rdma", "memcpy", "tcp"
 
+UCX_NAMES = {RDMA: "rc, ud, dc", MEMCPY: "cma", TCP: "tcp"}
+"""What UCX calls them, as far as NIXL uses it."""
+
 _RDMA_NAMES = frozenset({"ib", "srd", "gga"})
 _RDMA_FAMILIES = ("rc", "ud", "dc")
 _COPY_NAMES = frozenset({"cma", "shm", "sm"})
@@ -269,6 +272,14 @@ def allowed() -> frozenset[str]:
     """The ways that the user's UCX_TLS and UCX_MODULES leave."""
     found = ways(os.environ.get("UCX_TLS", ""))
     return found if loads("cma") else found - {MEMCPY}
+
+
+def named_ways(copies_refused: str) -> str:
+    """What UCX may use here when nothing is required, by its own names: `cma, tcp`. `copies_refused`: why not CMA."""
+    if not why_not_rdma()[0]:
+        return UCX_NAMES[RDMA]
+    left = allowed() - ({RDMA} if why_never_rdma()[0] else set()) - ({MEMCPY} if copies_refused else set())
+    return ", ".join(name for way, name in UCX_NAMES.items() if way in left) or "none"
 
 
 def refuse_nothing_left(cause: str, remedy: str) -> None:

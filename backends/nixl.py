@@ -112,6 +112,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         refused = copies_refused()
         facts = {
             **_facts(),
+            "ucx_transports": environment.named_ways(refused),
             "cma": f"refused: {refused}" if refused else "permitted",
             "ptrace_scope": environment.ptrace_scope(),
             "listens": "over TCP on all interfaces, for anybody who can connect",

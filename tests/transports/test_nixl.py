@@ -635,6 +635,34 @@ def test_the_probe_says_the_path_the_devices_and_who_can_connect(installed: None
     assert {"engine", "rdma_devices", "cma", "ptrace_scope", "listens"} <= probe.facts.keys()
 
 
+@pytest.mark.parametrize(
+    ("tls", "refused", "transports"),
+    [
+        ("", "", "cma, tcp"),
+        ("", "Operation not permitted", "tcp"),
+        ("tcp", "", "tcp"),
+        ("rc,tcp", "", "tcp"),
+        ("posix", "", "none"),
+    ],
+)
+def test_the_probe_tells_what_ucx_may_use(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, tls: str, refused: str, transports: str
+) -> None:
+    monkeypatch.setattr(environment, "rdma_ports", dict)
+    monkeypatch.setattr(environment, "copy_refused", lambda *_: refused)
+    if tls:
+        monkeypatch.setenv("UCX_TLS", tls)
+    assert NixlTransport.probe().facts["ucx_transports"] == transports
+
+
+def test_over_rdma_ucx_may_use_nothing_else_unless_the_user_lets_it(
+    monkeypatch: pytest.MonkeyPatch, no_variables: None, active: None
+) -> None:
+    assert environment.named_ways("") == "rc, ud, dc"
+    monkeypatch.setenv("UCX_TLS", "all")
+    assert environment.named_ways("") == "rc, ud, dc, cma, tcp"
+
+
 def test_a_probe_that_cannot_be_ready_loads_nothing_and_sets_nothing(installed: None) -> None:
     if not environment.why_not_rdma()[0]:
         pytest.skip("needs rdma: a machine without an active device, to be exact")
