@@ -261,6 +261,12 @@ def ways(tls: str) -> frozenset[str]:
     return everything - found if tls.strip().startswith("^") else frozenset(found)
 
 
+def port_range() -> str:
+    """The ports that UCX listens on over TCP, as `21000-21050`; "" where it takes any that is free."""
+    told = os.environ.get("UCX_TCP_PORT_RANGE", "")
+    return told if re.fullmatch(r"[1-9]\d*(-\d+)?", told, re.ASCII) else ""  # 0 is any; it refuses all else
+
+
 def loads(module: str) -> bool:
     """Whether UCX_MODULES leaves UCX this module: it lists those that are loaded, or behind a ^ those that are not."""
     listed = os.environ.get(MODULES_VARIABLE, "all")

@@ -117,6 +117,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             "ptrace_scope": environment.ptrace_scope(),
             "listens": "over TCP on all interfaces, for anybody who can connect",
             "authentication": "none: whoever connects can write to any memory of the process",
+            **({"ports": ports} if (ports := environment.port_range()) else {}),
             "binding": "UCX_NET_DEVICES=eth0 (say) keeps UCX to that interface",
             **carried(
                 *environment.why_not_cuda(module, "UCX", environment.ways("ib" if not cause else "tcp")),

@@ -635,6 +635,23 @@ def test_the_probe_says_the_path_the_devices_and_who_can_connect(installed: None
     assert {"engine", "rdma_devices", "cma", "ptrace_scope", "listens"} <= probe.facts.keys()
 
 
+@pytest.mark.parametrize(("told", "ports"), [(None, None), ("0", None), ("", None), ("21000", "21000")])
+def test_the_probe_tells_the_ports_where_they_are_set(
+    installed: None, monkeypatch: pytest.MonkeyPatch, no_variables: None, told: str | None, ports: str | None
+) -> None:
+    if told is not None:
+        monkeypatch.setenv("UCX_TCP_PORT_RANGE", told)
+    assert NixlTransport.probe().facts.get("ports") == ports
+
+
+def test_ucx_listens_where_the_ports_say(installed: None) -> None:
+    program = OPEN + "t = T(O(workers=1)); print(T.probe().facts['ports'], *t._agent.ports); t.close()"
+    ports, *listening = told(program, UCX_TCP_PORT_RANGE="61100-61900").stdout.split()
+    assert ports == "61100-61900"
+    assert listening
+    assert all(61100 <= int(port) <= 61900 for port in listening)
+
+
 @pytest.mark.parametrize(
     ("tls", "refused", "transports"),
     [
