@@ -63,6 +63,7 @@ _keep: list[ctypes.CDLL] = []
 def load() -> Any:
     """The engine's binding module. Raises Unfit with what is missing."""
     name = environment.module_name()
+    environment.refuse_dangers()
     environment.prepare()
     full = f"{name}._bindings"
     with _loading:

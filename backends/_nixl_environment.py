@@ -94,6 +94,27 @@ class Unfit(Exception):
         self.hint = hint
 
 
+def refuse_dangers() -> None:
+    """Raises Unfit for a variable under which UCX aborts the process when it is loaded."""
+    told = os.environ.get("UCX_LOG_FILE", "")
+    name = told.removeprefix("file:").partition(":")[0]
+    if told and name not in ("stdout", "stderr") and (why := _not_writable(name)):
+        raise Unfit(
+            f"UCX_LOG_FILE={told} is set, which cannot be written to ({why}): UCX aborts the process",
+            "Unset UCX_LOG_FILE, or name a file in a folder that this process may write to",
+        )
+
+
+def _not_writable(name: str) -> str:
+    path = Path(name.replace("%p", str(os.getpid())).replace("%h", os.uname().nodename))
+    if not name or path.is_dir():
+        return "it names no file"
+    if not path.parent.is_dir():
+        return f"{path.parent} is no folder"
+    allowed_to = os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)
+    return "" if allowed_to else "no permission"
+
+
 def prepare() -> None:
     """Set what the user has not set."""
     for variable in sets_here():

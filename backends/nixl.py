@@ -100,6 +100,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         try:
             module = environment.module_name()
             environment.binding_file(module)
+            environment.refuse_dangers()
             cause, remedy = environment.why_not_rdma()
             environment.refuse_nothing_left(cause, remedy)
             if not cause:

@@ -482,6 +482,27 @@ def test_standard_output_stays_the_programs_own_however_much_the_engine_has_to_s
     assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
 
 
+@pytest.mark.parametrize("file", ["{}/not-there/x", "file:{}/not-there/%p:x", "{}", "file:"])
+def test_a_log_file_that_ucx_cannot_open_is_refused_and_does_not_abort_the_process(
+    installed: None, tmp_path: Path, file: str
+) -> None:
+    program = OPEN + (
+        "print(T.probe().readiness)\ntry:\n    T(O()); print('opened')\nexcept FerryError as error:\n    print(error)"
+    )
+    done = told(program, UCX_LOG_FILE=file.format(tmp_path))
+    assert done.returncode == 0, done.stderr
+    readiness, refused = done.stdout.splitlines()
+    assert readiness == "unavailable"
+    assert f"UCX_LOG_FILE={file.format(tmp_path)} is set" in refused
+    assert "Unset UCX_LOG_FILE" in refused
+
+
+@pytest.mark.parametrize("file", ["stdout", "stderr:x", "{}/x", "file:{}/%h-%p", ""])
+def test_a_log_file_that_ucx_can_open_is_the_users(installed: None, tmp_path: Path, file: str) -> None:
+    program = OPEN + "t = T(O(workers=1)); t.close(); print(T.probe().usable)"
+    assert told(program, UCX_LOG_FILE=file.format(tmp_path)).stdout.split() == ["True"]
+
+
 @pytest.mark.parametrize("variables", [{"UCX_TLS": "posix"}, {"UCX_NET_DEVICES": "nosuch0"}], ids=["tls", "devices"])
 def test_variables_under_which_ucx_can_do_nothing_are_named(installed: None, variables: dict[str, str]) -> None:
     program = OPEN + "try:\n    T(O()); print('opened')\nexcept FerryError as error:\n    print(error)"
