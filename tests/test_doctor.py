@@ -287,6 +287,21 @@ def test_each_listening_socket_says_who_can_reach_it() -> None:
         assert len(found) == 4
 
 
+def test_without_proc_what_listens_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def not_mounted(path: str) -> list[str]:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    before = listening.own_sockets()
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        monkeypatch.setattr(os, "listdir", not_mounted)
+        assert listening.own_sockets() > before
+        (found,) = listening.own_listeners(but=before)
+        assert found.port == host.getsockname()[1]
+    (told,) = [one for one in host_facts.findings(tmp_path, FINE) if one.about == "proc"]
+    assert "mount -t proc" in told.remedy
+    assert not [one for one in host_facts.findings(cma=FINE) if one.about == "proc"]
+
+
 def test_a_socket_bound_to_one_address_names_its_interface() -> None:
     assert listening._scope("10.0.0.5", False, {"eth0": ["10.0.0.5"], "eth1": ["10.1.0.5"]}) == (
         Scope.INTERFACES,

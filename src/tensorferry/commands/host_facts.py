@@ -117,6 +117,9 @@ def findings(root: Path = ROOT, cma: Finding | None = None, settings: Settings |
                 "Set destination_budget to what a language side may use here: larger rooms then wait, or are refused",
             )
         )
+    if not (root / "proc/self").exists():
+        what = "/proc is not mounted: limits of control groups, capabilities and the memory there is are not known"
+        found.append(Finding(Severity.WARNING, "proc", what, "`mount -t proc proc /proc`"))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < 1024:
         found.append(

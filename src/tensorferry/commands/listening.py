@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import socket
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -52,28 +54,41 @@ class Listener:
         )
 
 
-def own_sockets() -> set[str]:
-    """The sockets that this process has open, as the kernel names them."""
+MOST_TRIED = 1 << 16
+"""Numbers of open files that are looked at where /proc does not list them: the limit may be a thousand million."""
+
+
+def _open_files() -> Iterable[int]:
+    """The numbers that may be open files of this process."""
+    try:
+        return [int(number) for number in os.listdir("/proc/self/fd")]
+    except OSError:  # no /proc: each number is tried
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return range(MOST_TRIED if limit == resource.RLIM_INFINITY else min(limit, MOST_TRIED))
+
+
+def own_sockets() -> set[int]:
+    """The sockets that this process has open, by their inodes."""
     found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed meanwhile
-            target = os.readlink(f"/proc/self/fd/{number}")
-            if target.startswith("socket:"):
-                found.add(target)
+    for number in _open_files():
+        with suppress(OSError):  # not open, or not any more
+            about = os.fstat(number)
+            if stat.S_ISSOCK(about.st_mode):
+                found.add(about.st_ino)
     return found
 
 
-def own_listeners(but: Iterable[str] = (), interfaces: Mapping[str, Sequence[str]] | None = None) -> list[Listener]:
+def own_listeners(but: Iterable[int] = (), interfaces: Mapping[str, Sequence[str]] | None = None) -> list[Listener]:
     """What of this process others can connect to or send to, without the sockets named in `but`. `interfaces`: the
     addresses of each, by name. The sockets themselves are asked, so that it is known what each one takes."""
     found: dict[Listener, None] = {}
     passed = set(but)
-    for number in os.listdir("/proc/self/fd"):
+    for number in _open_files():
         with suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{number}")
-            if not target.startswith("socket:") or target in passed:
+            about = os.fstat(number)
+            if not stat.S_ISSOCK(about.st_mode) or about.st_ino in passed:
                 continue
-            with socket.socket(fileno=os.dup(int(number))) as one:
+            with socket.socket(fileno=os.dup(number)) as one:
                 listener = _listener(one, interfaces or {})
             if listener is not None:
                 found[listener] = None
