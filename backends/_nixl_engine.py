@@ -23,7 +23,14 @@ from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
 from tensorferry.backends._nixl_environment import RDMA, TCP, Unfit
-from tensorferry.backends._nixl_sockets import Aftermath, cut_connections, event_sets, leave_to_parent, listening_ports
+from tensorferry.backends._nixl_sockets import (
+    Aftermath,
+    Stalled,
+    cut_connections,
+    event_sets,
+    leave_to_parent,
+    listening_ports,
+)
 from tensorferry.backends._rdma import MAY_BE_LOCKED, rdma_ports, why_not_locked
 from tensorferry.core.errors import TransportError
 from tensorferry.core.memory import Memory
@@ -253,10 +260,14 @@ class Agent:
         except Exception as error:  # noqa: BLE001 - the engine has dropped it itself
             log.debug("forgetting %s: %s", name, error)
 
-    def cut(self, name: str, ports: Collection[int]) -> None:
+    def cut(self, name: str, ports: Collection[int], addresses: Collection[str]) -> None:
         """End the TCP connections to a peer, which nothing else ends."""
         if name != self.name:
-            cut_connections(ports, self._sets)
+            cut_connections(ports, addresses, self._sets)
+
+    def stalled(self, addresses: Collection[str]) -> Stalled:
+        """The connections to a peer at these addresses on which nothing goes on."""
+        return Stalled(addresses, self._sets)
 
     def aftermath(self, ports: Collection[int]) -> Aftermath:
         """Of a peer that has ended and accepted connections on these ports."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tensorferry.backends import _engine_jobs, _engine_thread
 from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._nixl_engine import Piece, Request, Route
+from tensorferry.backends._nixl_sockets import Stalled
 from tensorferry.backends._nixl_wire import Descriptor
 from tensorferry.backends._process import ProcessWatch
 from tensorferry.core.transport import Status
@@ -46,6 +47,10 @@ class Target:
     """It has answered, and no request has failed since."""
     cut: bool = False
     """Its connections were ended; what was under way is waited for, and then it is forgotten."""
+    stalled: Stalled | None = None
+    """Those of its connections that are ended when nothing goes on on them."""
+    looked_at: float = 0.0
+    """When it was looked for them."""
     knock: Request | None = None
     """The byte on its doorstep, under way."""
     asked_at: float = 0.0

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tensorferry.backends._engine_thread import POLL_S, WATCH_S, Bell, EngineThread
+from tensorferry.backends._host import this_host
 from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
+from tensorferry.backends._nixl_sockets import own_addresses
 from tensorferry.backends._nixl_wireup import Wireup, Wireups
 from tensorferry.core.transport import Status
 
@@ -72,6 +74,7 @@ class Worker(EngineThread[Target, Job]):
         self._crew = crew
         self._agent = crew.agent
         self._limits = crew.limits
+        self._host = this_host()
         self._wireups = Wireups(self._agent)
         self._handed: list[Job] = []
         """What was queued and not taken."""
@@ -137,7 +140,7 @@ class Worker(EngineThread[Target, Job]):
                 return POLL_S
             if target.under_way:
                 waits.append(WATCH_S / 10)
-            if target.jobs:
+            if target.jobs and not target.cut:
                 waits.append(target.not_before - now)
         if any(job.target.watch is not None for job in self._lost):
             waits.append(WATCH_S)
@@ -172,7 +175,9 @@ class Worker(EngineThread[Target, Job]):
         if not target.under_way:
             if target.cut:
                 self._forget(target)
-        elif not target.cut and (target.ended() or now - target.moved_at > self._limits.progress_s):
+        elif target.cut:
+            self._cut_stalled(target, now)
+        elif target.ended() or now - target.moved_at > self._limits.progress_s:
             late = "its process has ended" if target.ended() else f"no progress for {self._limits.progress_s:g} s"
             for submit in target.under_way:
                 self._lose(submit.job, late)
@@ -191,7 +196,7 @@ class Worker(EngineThread[Target, Job]):
         """The pair is spoilt: end its connections, and begin anew when nothing is under way on them any more."""
         target.ready = False
         target.cut = True
-        self._agent.cut(target.told.agent, target.told.ports)
+        self._cut(target)
         if not target.under_way:
             self._forget(target)
 
@@ -200,8 +205,25 @@ class Worker(EngineThread[Target, Job]):
             self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
             target.knock = None
         self._agent.forget(target.told.agent)
-        self._agent.cut(target.told.agent, target.told.ports)  # else the engine keeps them for as long as the peer does
-        target.learnt, target.ready, target.cut, target.wireups = -1, False, False, None
+        self._cut(target)  # else the engine keeps them for as long as the peer does
+        target.learnt, target.ready, target.cut, target.wireups, target.stalled = -1, False, False, None, None
+
+    def _cut(self, target: Target) -> None:
+        self._agent.cut(target.told.agent, target.told.ports, self._addresses(target))
+
+    def _cut_stalled(self, target: Target, now: float) -> None:
+        """Where the peer wrote to us first UCX sends by a connection that the peer has dialled."""
+        if not target.told.ports or now - target.looked_at < WATCH_S:
+            return
+        target.looked_at = now
+        if target.stalled is None:
+            target.stalled = self._agent.stalled(self._addresses(target))
+        target.stalled.cut(now, self._limits.progress_s)
+
+    def _addresses(self, target: Target) -> set[str]:
+        """Where connections to it lead. Loopback leads to it where it shares our network."""
+        told = target.told
+        return {*told.found_at, *(own_addresses() if self._host.shares_network(told.host) else ())}
 
     def _has_left(self, target: Target, now: float) -> bool:
         """Forget a peer that is not wanted any more; False while its connections are being completed for that."""

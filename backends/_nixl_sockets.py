@@ -33,6 +33,7 @@ PLACING_S = 0.05
 which is a microsecond and as long as the thread waits for a processor."""
 
 _ESTABLISHED = 0x01
+_BYTES_ACKED = 120  # offset of tcpi_bytes_acked in struct tcp_info, since Linux 4.1
 _BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in struct tcp_info, since Linux 4.1
 
 
@@ -57,17 +58,59 @@ def event_sets() -> set[int]:
     return found
 
 
-def cut_connections(ports: Collection[int], sets: Collection[int]) -> None:
-    """End the connections to those ports of a peer which are in these epoll descriptors, and no others: another agent
-    of this process may have connections to the same peer."""
+def cut_connections(ports: Collection[int], addresses: Collection[str], sets: Collection[int]) -> None:
+    """End the connections to those ports of a peer at these addresses which are in these epoll descriptors, and no
+    others: another agent of this process may have connections to the same peer, and other hosts have the same ports."""
     own = _inodes(sets)
     if not own or not ports:
         return
     with suppress(OSError), own_sockets() as sockets:
         for one in sockets:
             with suppress(OSError):
-                if os.fstat(one.fileno()).st_ino in own and one.getpeername()[1] in ports:
+                end = _name(one.getpeername)
+                if os.fstat(one.fileno()).st_ino in own and end and end[0] in addresses and end[1] in ports:
                     one.shutdown(socket.SHUT_RDWR)
+
+
+class Stalled:
+    """Connections to a peer that it has dialled itself: UCX sends by them, too, and which of those that were accepted
+    from the peer's host they are nothing says. They are those on which nothing goes on."""
+
+    def __init__(self, addresses: Collection[str], sets: Collection[int]) -> None:
+        self._addresses = addresses
+        self._sets = sets
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def cut(self, now: float, seconds: float) -> None:
+        """End those of which for so many seconds of the times at which this was called, although bytes wait for it,
+        none was acknowledged."""
+        own, seen = _inodes(self._sets), self._seen
+        self._seen = {}
+        with suppress(OSError), own_sockets() as sockets:
+            for one in sockets:
+                with suppress(OSError):
+                    inode, end = os.fstat(one.fileno()).st_ino, _name(one.getpeername)
+                    if inode not in own or end is None or end[0] not in self._addresses or not _waiting(one):
+                        continue
+                    acknowledged = _tcp_info(one, _BYTES_ACKED)
+                    before, since = seen.get(inode, (acknowledged, now))
+                    if before != acknowledged:
+                        since = now
+                    if now - since >= seconds:
+                        one.shutdown(socket.SHUT_RDWR)
+                    else:
+                        self._seen[inode] = acknowledged, since
+
+
+def _waiting(one: socket.socket) -> int:
+    """Bytes that are to be sent or were not acknowledged. Raises OSError."""
+    return int(struct.unpack("i", fcntl.ioctl(one, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def _tcp_info(one: socket.socket, offset: int) -> int:
+    """A number of 64 bits in the kernel's struct tcp_info; 0 where the kernel has none there. Raises OSError."""
+    information = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, offset + 8)
+    return int(struct.unpack_from("=Q", information, offset)[0]) if len(information) == offset + 8 else 0
 
 
 def _inodes(sets: Collection[int]) -> set[int]:
@@ -138,7 +181,7 @@ class Aftermath:
     def _look(self) -> bool:
         # What has left the sender's queue is in ours: so the senders' queues are read first, and ours after.
         unsent, now = _unsent(), time.monotonic()
-        here, watched = _own_addresses(), _inodes(self._sets)
+        here, watched = own_addresses(), _inodes(self._sets)
         there, first = {}, self._waiting is None
         before = self._waiting or {}
         with own_sockets() as sockets:
@@ -183,8 +226,7 @@ def _name(asked: Callable[[], Any]) -> End | None:
 def _received(one: socket.socket) -> tuple[int, int]:
     """(bytes that have come altogether, those of them that nobody has read): in this order, so that their difference is
     never more than what has been read. Raises OSError."""
-    information = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
-    got = struct.unpack_from("=Q", information, _BYTES_RECEIVED)[0] if len(information) > _BYTES_RECEIVED else 0
+    got = _tcp_info(one, _BYTES_RECEIVED)
     unread = struct.unpack("i", fcntl.ioctl(one, termios.FIONREAD, bytes(4)))[0]
     return got, unread
 
@@ -207,6 +249,7 @@ def _end(text: str) -> End:
     return address.removeprefix("::ffff:"), int(port, 16)
 
 
-def _own_addresses() -> set[str]:
+def own_addresses() -> set[str]:
+    """Of this network namespace, loopback's too."""
     found = {ip.ip if isinstance(ip.ip, str) else ip.ip[0] for adapter in ifaddr.get_adapters() for ip in adapter.ips}
     return {str(address) for address in found} | {"127.0.0.1", "::1"}

@@ -10,8 +10,9 @@ import msgspec
 from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
 from tensorferry.backends._host import Host
 
-DESCRIPTOR_VERSION = 2
+DESCRIPTOR_VERSION = 3
 MAX_METADATA_BYTES = 64 * 1024
+MAX_ADDRESSES = 64
 
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -42,6 +43,8 @@ class Descriptor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     """(id, generation, bytes)"""
     gpus: Annotated[list[Annotated[int, msgspec.Meta(ge=-1, le=4095)]], msgspec.Meta(max_length=MAX_REGIONS)]
     """The number of the GPU that each region lies on, -1 for host memory, in the order of `regions`."""
+    found_at: Annotated[list[Word], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    """Its host's addresses. With `ports` they tell the connections to it from those to others."""
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -34,6 +34,7 @@ from typing import Any
 from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends import _nixl_wire as wire
 from tensorferry.backends import _process
+from tensorferry.backends._addresses import local_addresses
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._engine_jobs import Segment
 from tensorferry.backends._engine_transport import EnginePeer, EngineTransport
@@ -151,6 +152,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         self._crew = Crew(agent, limits, chosen.workers)
         self._employ(self._crew)
         self._targets: weakref.WeakValueDictionary[tuple[object, ...], Target] = weakref.WeakValueDictionary()
+        self._found_at = local_addresses()[: wire.MAX_ADDRESSES]
         self._described: tuple[int, bytes] = (-1, b"")
 
     # ---- our memory --------------------------------------------------------------------------------------
@@ -221,6 +223,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
                 [region.memory.address for region in live],
                 [(region.id, region.generation, region.memory.nbytes) for region in live],
                 [_gpu(region.memory) for region in live],
+                self._found_at,
             )
         )
 

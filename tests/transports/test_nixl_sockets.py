@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from tensorferry.backends import _nixl_sockets
-from tensorferry.backends._nixl_sockets import Aftermath
+from tensorferry.backends._nixl_sockets import Aftermath, Stalled, cut_connections
 
 
 class Ends:
@@ -19,6 +20,13 @@ class Ends:
         self._stack = stack
         self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.port = self._listener.getsockname()[1]
+
+    def at(self, address: str) -> socket.socket:
+        """A connection to the same port of another address."""
+        other = self._stack.enter_context(socket.create_server((address, self.port)))
+        dialled = self._stack.enter_context(socket.create_connection(other.getsockname()))
+        self._stack.enter_context(other.accept()[0])
+        return dialled
 
     def one(self) -> tuple[socket.socket, socket.socket]:
         dialled = self._stack.enter_context(socket.create_connection(self._listener.getsockname()))
@@ -32,9 +40,71 @@ def ends() -> Iterator[Ends]:
 
 
 @pytest.fixture
+def watch(ends: Ends) -> Iterator[select.epoll]:
+    """As UCX watches its connections."""
+    with select.epoll() as made:
+        yield made
+
+
+@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been read is placed."""
     monkeypatch.setattr(_nixl_sockets, "PLACING_S", 0.0)
+
+
+def is_open(one: socket.socket) -> bool:
+    one.setblocking(False)
+    try:
+        return one.recv(1) != b""
+    except BlockingIOError:
+        return True
+
+
+def fill(one: socket.socket) -> int:
+    """Send until nothing more goes; how many bytes."""
+    one.setblocking(False)
+    sent = 0
+    while True:
+        try:
+            sent += one.send(bytes(1 << 20))
+        except BlockingIOError:
+            return sent
+
+
+# ---- ending connections --------------------------------------------------------------------------------------
+
+
+def test_a_peer_of_another_host_with_the_same_port_keeps_its_connection(ends: Ends, watch: select.epoll) -> None:
+    """As where a firewall gives UCX one port on every host."""
+    (sick, _), well, foreign = ends.one(), ends.at("127.0.0.2"), ends.one()[0]
+    watch.register(sick)
+    watch.register(well)
+    cut_connections([ends.port], ["127.0.0.1"], [watch.fileno()])
+    assert not is_open(sick)
+    assert is_open(well)
+    assert is_open(foreign), "it is not this agent's"
+
+
+def test_a_connection_that_the_peer_has_dialled_is_ended_when_nothing_goes_on(ends: Ends, watch: select.epoll) -> None:
+    (_, stuck), (reads, slow), (_, idle), foreign = ends.one(), ends.one(), ends.one(), ends.at("127.0.0.2")
+    for one in (stuck, slow, idle, foreign):
+        watch.register(one)
+    for one in (stuck, slow, foreign):
+        fill(one)
+    stalled = Stalled({"127.0.0.1"}, [watch.fileno()])
+    stalled.cut(100.0, 5.0)
+    stalled.cut(104.9, 5.0)
+    assert is_open(stuck)
+    before = _nixl_sockets._tcp_info(slow, _nixl_sockets._BYTES_ACKED)
+    while _nixl_sockets._tcp_info(slow, _nixl_sockets._BYTES_ACKED) == before:
+        assert reads.recv(1 << 20)
+    fill(slow)
+    stalled.cut(105.0, 5.0)
+    assert not is_open(stuck)
+    assert [is_open(one) for one in (slow, idle, foreign)] == [True] * 3
+
+
+# ---- a dead peer's bytes -------------------------------------------------------------------------------------
 
 
 def test_bytes_of_a_dead_peer_count_although_the_other_end_is_open(ends: Ends, at_once: None) -> None:
@@ -51,13 +121,7 @@ def test_bytes_of_a_dead_peer_count_although_the_other_end_is_open(ends: Ends, a
 
 def test_what_lies_at_the_other_end_counts_too(ends: Ends, at_once: None) -> None:
     theirs, ours = ends.one()
-    theirs.setblocking(False)
-    sent = 0
-    while True:
-        try:
-            sent += theirs.send(bytes(1 << 20))
-        except BlockingIOError:
-            break
+    sent = fill(theirs)
     aftermath = Aftermath([ends.port], [])
     while sent > 0:
         assert not aftermath.settled()

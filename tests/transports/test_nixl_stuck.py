@@ -14,7 +14,7 @@ from transport_ends import PATIENCE_S, Process, at, ended, eventually, filled, n
 
 from tensorferry.backends import _nixl_jobs, _nixl_poster
 from tensorferry.backends._nixl_engine import Agent, Request
-from tensorferry.backends._nixl_jobs import Bell, Job, Target
+from tensorferry.backends._nixl_jobs import Bell, Job, Submit, Target
 from tensorferry.backends.nixl import NixlOptions, NixlTransport
 from tensorferry.core.transport import Copy, Region, Status
 
@@ -83,6 +83,22 @@ def join(transport: NixlTransport) -> None:
     for worker in transport._crew.workers:
         worker.thread.join(PATIENCE_S)
         assert not worker.thread.is_alive()
+
+
+# ---- connections that do not end -----------------------------------------------------------------------------
+
+
+def test_a_post_behind_a_connection_that_does_not_end_costs_no_processor(opened: Callable[..., NixlTransport]) -> None:
+    """It waits for what is under way. When it may be asked for at the earliest is not the question."""
+    one = opened()
+    one.close()
+    target = Target(one._agent, None)  # type: ignore[arg-type]
+    target.cut, target.not_before = True, 0.0
+    target.under_way.append(Submit(None, None))  # type: ignore[arg-type]
+    target.jobs.append(Job(target, deque(), [], 0.0))
+    worker = one._crew.workers[0]
+    worker._targets.append(target)
+    assert worker._pause() > 0.001
 
 
 # ---- what becomes of posts -----------------------------------------------------------------------------------
