@@ -119,13 +119,16 @@ class Transfer:
                 "a transfer does not go on in a forked child", room=self.room, hint="Use it in the process that made it"
             )
 
-    def _wait_until(self, what: Callable[[], bool], timeout: float | None) -> None:
+    def _wait_until(self, what: Callable[[], bool], timeout: float | None, since: float | None = None) -> None:
+        """`timeout` seconds at most, of which the first were over at `since` (on the monotonic clock), if that is told.
+        Raises DeadlineExceeded then, and BadCall where nobody may wait."""
         if what():  # what has ended can be read in a forked child as well
             return
         self._check_process()
         if isinstance(threading.current_thread(), EndpointThread):
             raise BadCall("not finished, and this is an endpoint's own thread, which cannot wait", room=self.room)
-        if not self._bells.wait(what, timeout):
+        left = timeout if timeout is None or since is None else timeout - (time.monotonic() - since)
+        if not self._bells.wait(what, left):
             raise DeadlineExceeded(
                 f"not finished within {timeout:g} s ({self.status}); the transfer goes on",
                 room=self.room,
@@ -252,10 +255,16 @@ class ReceiveTransfer(Transfer):
         self._receiver._expose(self)
         seen = 0
         while True:
+            since = time.monotonic()
             self._wait_until(lambda seen=seen: self.done or self.ready_tokens > seen, timeout)  # type: ignore[misc]
             stop = self.ready_tokens
             if stop > seen:
-                yield seen, stop, self._receiver._rows(self, seen, stop)
+                views = self._receiver._rows(self, seen, stop)
+                if views is None:  # the result has them, or there will be none: it ends, and how is not decided yet
+                    self._wait_until(lambda: self.done, timeout, since)
+                    result = self._outcome()
+                    views = {name: tensor[seen:stop] for name in result if (tensor := result[name]) is not None}
+                yield seen, stop, views
                 seen = stop
             elif self.done:
                 self._outcome()

@@ -23,7 +23,7 @@ from tensorferry.core.arguments import integer, text
 from tensorferry.core.buffers import Destination, PoolBuffers
 from tensorferry.core.carriers import Reach
 from tensorferry.core.digest import MODES
-from tensorferry.core.endpoint import CALL_SECONDS, Endpoint, closed_error
+from tensorferry.core.endpoint import Endpoint, closed_error
 from tensorferry.core.errors import (
     BadCall,
     DeadlineExceeded,
@@ -187,16 +187,15 @@ class Receiver(Endpoint):
         if not transfer.done:
             self._call(expose)
 
-    def _rows(self, transfer: ReceiveTransfer, start: int, stop: int) -> Mapping[str, torch.Tensor]:
-        """Views of rows that have arrived, in the destination or in the result that it became."""
+    def _rows(self, transfer: ReceiveTransfer, start: int, stop: int) -> Mapping[str, torch.Tensor] | None:
+        """Views of rows that have arrived, in the destination. None: there is none any more."""
         destination = self._gatherer.destinations.get(transfer._xfer)
         if destination is not None:
             try:
                 return destination.rows(start, stop)
             except BadCall:
                 log.debug("room %d ended while its rows were read", transfer.room)  # the result has them
-        result = transfer.result(CALL_SECONDS)  # what became of it is being told this instant
-        return {name: tensor[start:stop] for name in result if (tensor := result[name]) is not None}
+        return None
 
     # ---- effects -----------------------------------------------------------------------------------------------
 

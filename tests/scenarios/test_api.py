@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -14,6 +15,7 @@ from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_s
 
 import tensorferry as tf
 from tensorferry import errors
+from tensorferry.core.endpoint import Asked
 
 SIZES: dict[str, Any] = {"layout": SMALL, "block_size": 16, "pool_blocks": 8, "first_grant": 64}
 TOKENS = 1000
@@ -199,6 +201,31 @@ def test_rows_come_in_order_each_once_while_the_rest_is_on_its_way(kind: str) ->
         assert_same(receiving.result(), given)
         sending.wait(PATIENCE)
         assert [(a, b) for a, b, _ in receiving.rows()] == [(0, TOKENS)]  # after the end: all at once
+
+
+def test_rows_keep_their_time_where_the_leader_does_not_say_what_became_of_the_room() -> None:
+    with Quay(**SIZES, ranks=2) as quay:
+        given = rows(400, layout=SMALL)
+        sending = quay.sender.announce(1, 400)
+        leading, receiving = quay.receive(1), quay.receive(1, rank=1)
+        sending.put(0, **part(given, 0, 100))
+        arriving = receiving.rows(0.5)
+        next(arriving)
+        sending.put(100, **part(given, 100, 200))
+        eventually(lambda: receiving.ready_tokens == 192)
+        begun, go, follower = threading.Event(), threading.Event(), quay.receivers[1]
+        quay.receiver._commands.append(Asked(lambda: begun.set() or go.wait(PATIENCE)))  # type: ignore[func-returns-value]
+        assert begun.wait(PATIENCE)  # the leader stands still
+        error = errors.InternalError("this rank cannot go on")
+        follower._call(lambda: follower._do(follower.machine.fail(receiving._xfer, error)))
+        try:
+            with pytest.raises(errors.DeadlineExceeded, match=r"not finished within 0\.5 s"):
+                next(arriving)
+        finally:
+            go.set()
+        for transfer in (leading, receiving, sending):
+            with pytest.raises(errors.InternalError):
+                transfer.wait(PATIENCE)
 
 
 def test_absent_components_are_none_and_cost_no_bytes(kind: str) -> None:
