@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tensorferry.backends._mooncake_wire import Descriptor, ask
+from tensorferry.backends._mooncake_wire import Descriptor, ask, dial
 from tensorferry.core.errors import FerryError, InternalError, PeerUnreachable, TransportMismatch
 
 
@@ -32,18 +32,18 @@ class Contact:
         self._thread = threading.Thread(target=self._run, name="tensorferry-mooncake-contact", daemon=True)
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait for the end of its thread: right after `over`, or for a second of one that was abandoned."""
-        self._thread.join(1.0)
+    def join(self, timeout_s: float = 1.0) -> None:
+        """Wait for the end of its thread: it comes right after `over`, and soon after `abandon` unless it hangs in the
+        resolver."""
+        self._thread.join(timeout_s)
 
     def abandon(self) -> None:
-        """End the attempt soon; nothing is told any more."""
+        """End the attempt soon; nothing is told any more. Returns at once."""
         self._abandoned = True
         waiting = self._socket
         if waiting is not None:
             with contextlib.suppress(OSError):
                 waiting.shutdown(socket.SHUT_RDWR)
-        self.join()
 
     def _hold(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -73,8 +73,7 @@ class Contact:
         if answer.protocol != "tcp":
             return
         try:
-            with socket.create_connection((answer.data_host, answer.tcp_data_port), timeout=self._timeout_s):
-                return
+            dial(answer.data_host, answer.tcp_data_port, self._timeout_s, self._hold).close()
         except OSError as error:
             raise PeerUnreachable(
                 f"the peer answers at {told.address}:{told.port}, and its data port "

@@ -57,6 +57,9 @@ class Target:
 class Job(_engine_jobs.Job[Target, Piece]):
     """One post."""
 
+    begun: bool = False
+    """The engine may have some of it."""
+
 
 @dataclass(slots=True)
 class Submit:

@@ -36,6 +36,9 @@ COOLDOWN_S = 1.1
 GRACE_S = 0.5
 """Beyond its own time-out, for an attempt at contact to end: one that hangs in the resolver does not."""
 
+PART_S = 0.5
+"""How long the end waits for all attempts at contact together. Each has been cut off by then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -60,6 +63,8 @@ class Poster(EngineThread[Target, Job]):
         self._stopping = False
         self._left_reading: list[int] = []  # reads that nobody waits for any more
         self._opening: Target | None = None
+        self.engine_ended = False
+        """Nothing is read and nothing placed any more."""
         self.thread.start()
 
     # ---- called by the transport -------------------------------------------------------------------------
@@ -99,6 +104,12 @@ class Poster(EngineThread[Target, Job]):
         self.bell.wake = None
         return not self.thread.is_alive()
 
+    def give_up_on(self, job: Job) -> None:
+        """After `close`: nothing stays PENDING, also where the thread does not come back from the engine. What the
+        engine may have is UNKNOWN then; what it has not, it never gets."""
+        if job.status is Status.PENDING:
+            job.status = Status.UNKNOWN if job.begun else Status.FAILED
+
     # ---- the thread --------------------------------------------------------------------------------------
 
     def _take(self, what: Job | None) -> None:
@@ -118,7 +129,7 @@ class Poster(EngineThread[Target, Job]):
         for target in self._targets:
             if target.trial is not None:
                 waits.append(target.trial.pause(now))
-            elif target.jobs:
+            elif target.jobs and not target.ready:  # else its window is full, with what is looked at anyway
                 waits.append(self._deadline(target, target.jobs[0]) - now)
                 if target.contact is None:
                     waits.append(target.not_before - now)
@@ -223,6 +234,10 @@ class Poster(EngineThread[Target, Job]):
         if job.cancelled:
             self._drop(job)
             return
+        with self._lock:
+            if self._stopping:
+                return  # it counts as one that never began
+            job.begun = True
         source, there, nbytes = job.parts.popleft()
         try:
             batch = self._begin(target, lambda session: self._engine.submit(session, source, there, nbytes))
@@ -274,8 +289,12 @@ class Poster(EngineThread[Target, Job]):
         self._take_all()
         for target in self._targets:
             self._give_up(target, "the transport closes")
-            if target.contact is not None:
-                target.contact.abandon()
+        contacts = [target.contact for target in self._targets if target.contact is not None]
+        for contact in contacts:
+            contact.abandon()
+        until = time.monotonic() + PART_S
+        for contact in contacts:
+            contact.join(max(0.0, until - time.monotonic()))
         self._linger()
         left = [submit.job for target in self._targets for submit in target.under_way.values()]
         if left and self._engine.protocol != "tcp":
@@ -283,5 +302,6 @@ class Poster(EngineThread[Target, Job]):
             self._engine.abandon()
         else:
             self._engine.close()
+            self.engine_ended = True
         for job in left:
             self._lose(job, "the transport closes")

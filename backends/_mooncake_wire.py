@@ -68,16 +68,38 @@ def session_name(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def ask(address: str, port: int, timeout_s: float, held: Callable[[socket.socket], None] | None = None) -> Answer:
+Held = Callable[[socket.socket], None]
+
+
+def dial(address: str, port: int, timeout_s: float, held: Held | None = None) -> socket.socket:
+    """A connection; each of the host's addresses has `timeout_s` seconds to answer. Raises OSError.
+
+    `held` is given each socket before it is connected, so that another thread can end the wait by a shutdown.
+    """
+    problem = OSError(f"{address} has no address")
+    for family, kind, protocol, _, where in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout_s)
+            if held is not None:
+                held(connection)
+            connection.connect(where)
+        except OSError as error:
+            connection.close()
+            problem = error
+        else:
+            return connection
+    raise problem
+
+
+def ask(address: str, port: int, timeout_s: float, held: Held | None = None) -> Answer:
     """What the engine at `address`:`port` says of itself, within `timeout_s` seconds.
 
-    `held` is given the socket, so that another thread can end the wait. Raises PeerUnreachable.
+    `held`: as for `dial`. Raises PeerUnreachable.
     """
     deadline = time.monotonic() + timeout_s
     try:
-        with socket.create_connection((address, port), timeout=timeout_s) as connection:
-            if held is not None:
-                held(connection)
+        with dial(address, port, timeout_s, held) as connection:
             question = b"{}"
             connection.sendall(_FRAME.pack(len(question) + 1, _METADATA) + question)
             length, kind = _FRAME.unpack(_exactly(connection, _FRAME.size, deadline))

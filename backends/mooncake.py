@@ -205,11 +205,15 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
         return peer
 
     def _settled(self, peer: MooncakePeer) -> bool:
-        if self._engine.protocol != "tcp" or self._closed:
-            return True
+        if self._engine.protocol != "tcp" or self._poster.engine_ended:
+            return True  # and not because `close` was called: it may have left the engine as it is
         if peer.aftermath is None:
             peer.aftermath = Aftermath(self._engine.data_port)
         return peer.aftermath.settled()
+
+    def _closing(self) -> None:
+        for job in self._batches.values():
+            self._poster.give_up_on(job)
 
     def path(self, peer: Any = None) -> str:
         """What the engine has installed, by its own word. Two engines that differ are refused at `connect`.
