@@ -80,7 +80,9 @@ class Driver:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._lock = threading.Lock()
+        # Reentrant: any allocation in there may run the garbage collector, and what it collects may be memory of a GPU,
+        # which is freed in a context of its own.
+        self._lock = threading.RLock()
         self._contexts: dict[int, ctypes.c_void_p] = {}  # primary ones, of each device that was used
         self._flushes: dict[int, bool] = {}
         self._pid = os.getpid()

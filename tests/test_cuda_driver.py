@@ -4,6 +4,7 @@ become. And what engines are told of CUDA memory."""
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,44 @@ def test_a_gpu_that_is_dead_is_not_asked_twice_for_what_goes(
     gc.collect()
     assert "memory of cuda:0 is not given back: cuMemFree_v2 failed" in caplog.text
     assert library.context == []
+
+
+class Cycle:
+    """What only the garbage collector sees the end of."""
+
+    def __init__(self, owned: object) -> None:
+        self.owned, self.me = owned, self
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_collection_while_a_context_is_retained_may_free_memory(
+    driver: Driver, library: Library, monkeypatch: pytest.MonkeyPatch, device: int
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        Cycle(driver.allocate(64, 0))
+        if device == 0:
+            driver._contexts.clear()  # as where the same one is retained
+        call, over = driver._call, threading.Event()
+
+        def collecting(name: str, *arguments: Any) -> None:
+            if name == "cuDevicePrimaryCtxRetain":
+                gc.collect()
+            call(name, *arguments)
+
+        monkeypatch.setattr(driver, "_call", collecting)
+
+        def use() -> None:
+            with driver._current(device):
+                over.set()
+
+        threading.Thread(target=use, daemon=True).start()  # not here: without an RLock it never ends
+        assert over.wait(15)
+    finally:
+        gc.enable()
+    assert library.of("cuMemFree_v2") == [(ADDRESS, "in", 100)]
+    assert set(driver._contexts) == {0, device}
 
 
 # ---- flush ---------------------------------------------------------------------------------------------------
