@@ -15,7 +15,7 @@ from tensorferry.conformance.explore import happenings
 from tensorferry.conformance.explore.__main__ import main
 from tensorferry.conformance.explore.configurations import EVERY, REQUIRED, by_name
 from tensorferry.conformance.explore.machines import Workshop
-from tensorferry.conformance.explore.search import State, explore, search
+from tensorferry.conformance.explore.search import Graph, State, explore, search
 from tensorferry.conformance.explore.setup import Setup
 from tensorferry.conformance.explore.step import Step
 from tensorferry.conformance.explore.world import SearchWorld
@@ -138,3 +138,12 @@ def test_the_command_tells_what_it_explored(capsys: pytest.CaptureFixture[str]) 
     assert "violated: none" in said
     with pytest.raises(SystemExit):
         main(["--only", "P99"])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_sets_of_messages_are_told_apart_however_many_messages_there_are(compact: bool) -> None:
+    """Python's hash of a number is the number modulo 2**61 - 1: message 61 would be message 0."""
+    graph = Graph(compact)
+    sets = [0, *(1 << bit for bit in range(400)), (1 << 61) - 1, (1 << 61) | 1]
+    assert [graph.add(((), net, ()), -1, -1) for net in sets] == list(range(len(sets)))
+    assert [graph.find(((), net, ())) for net in sets] == list(range(len(sets)))

@@ -46,6 +46,12 @@ class World(Protocol):
     def describe(self, state: State) -> str: ...
 
 
+def digest(state: State) -> int:
+    """64 bits of a state. A set of messages is a number of as many bits, and Python hashes numbers modulo 2**61 - 1: it
+    would take message 61 for message 0. Bytes it hashes whole."""
+    return hash(tuple(p.to_bytes(p.bit_length() // 8 + 1, "little") if isinstance(p, int) else p for p in state))
+
+
 @dataclass
 class Graph:
     """One phase. `parent` and `step` (which of the parent's edges) lead back to a root."""
@@ -70,7 +76,7 @@ class Graph:
     def add(self, state: State, parent: int, step: int) -> int:
         """The number of a state, which is the length so far where it is a new one. (Hashed once: states are large.)"""
         new = len(self.parent)
-        number = self.ids.setdefault(hash(state) if self.compact else state, new)
+        number = self.ids.setdefault(digest(state) if self.compact else state, new)
         if number == new:
             self.parent.append(parent)
             self.step.append(step)
@@ -78,7 +84,7 @@ class Graph:
         return number
 
     def find(self, state: State) -> int:
-        return self.ids[hash(state) if self.compact else state]
+        return self.ids[digest(state) if self.compact else state]
 
 
 @dataclass
