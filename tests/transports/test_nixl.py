@@ -9,11 +9,12 @@ import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,39 +281,58 @@ def test_what_ucx_locks_itself_has_to_be_allowed_too(
     assert os.environ["UCX_MODULES"] == "^ib"
 
 
-def test_an_agent_that_does_not_come_back_from_its_start_is_given_up(
-    installed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As UCX does not where a device refuses to register memory: it tries again for ever, deaf to signals."""
-    coming_back = threading.Event()
-
-    class Stuck:
-        def __init__(self, *_: object) -> None:
-            pass
-
-        def getAvailPlugins(self) -> list[str]:
-            return ["UCX"]
-
-        def createBackend(self, *_: object) -> None:
-            coming_back.wait(PATIENCE_S)
-            raise RuntimeError("it came back in the end")
-
-    engine = SimpleNamespace(nixlAgentConfig=SimpleNamespace, nixlAgent=Stuck, NIXL_THREAD_SYNC_RW=1)
+@pytest.fixture
+def stuck(installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stuck]:
+    """An engine whose agents do not come back from their start, as UCX does not where a device refuses to register
+    memory: it tries again for ever, deaf to signals."""
+    made = Stuck()
+    engine = SimpleNamespace(nixlAgentConfig=SimpleNamespace, nixlAgent=lambda *_: made, NIXL_THREAD_SYNC_RW=1)
     monkeypatch.setattr(_nixl_engine, "load", lambda: engine)
+    monkeypatch.setattr(_nixl_engine, "_abandoned", made.abandoned)
+    yield made
+    made.coming_back.set()
+
+
+class Stuck:
+    def __init__(self) -> None:
+        self.coming_back = threading.Event()
+        self.abandoned: list[Agent] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def getAvailPlugins(self) -> list[str]:
+        return ["UCX"]
+
+    def createBackend(self, *_: object) -> None:
+        self.meanwhile()
+        self.coming_back.wait(PATIENCE_S)
+        raise RuntimeError("it came back in the end")
+
+
+def test_an_agent_that_does_not_come_back_from_its_start_is_given_up(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_nixl_engine, "START_S", 0.1)
-    abandoned: list[Agent] = []
-    monkeypatch.setattr(_nixl_engine, "_abandoned", abandoned)
     try:
         with pytest.raises(Unfit, match=r"did not come back within 0\.1 s") as caught:
             Agent("UCX", "rdma", 1)
         assert "ulimit -l" in caught.value.hint
-        assert len(abandoned) == 1, "its destructor would wait for what does not end"
+        assert len(stuck.abandoned) == 1, "its destructor would wait for what does not end"
         with pytest.raises(Unfit, match="started before") as caught:
             Agent("UCX", "tcp", 1)
         assert "ulimit -l" in caught.value.hint
     finally:
-        coming_back.set()
+        stuck.coming_back.set()
     assert _nixl_engine._creating.acquire(timeout=PATIENCE_S), "one that comes back late makes room"
+    _nixl_engine._creating.release()
+
+
+def test_ctrl_c_is_heard_while_an_agent_does_not_come_back(stuck: Stuck) -> None:
+    stuck.meanwhile = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Agent("UCX", "rdma", 1)
+    assert len(stuck.abandoned) == 1
+    stuck.coming_back.set()
+    assert _nixl_engine._creating.acquire(timeout=PATIENCE_S)
     _nixl_engine._creating.release()
 
 
