@@ -149,6 +149,7 @@ class Agent:
             parameters["engine_config"] = ("TLS=ib" if require == RDMA else "TLS=tcp") + (",cuda_copy" if cuda else "")
         self._pins = backend == "UCX" and require == RDMA
         self._memory: dict[int, tuple[Memory, Any]] = {}
+        self._learnt: set[str] = set()  # whom `learn` was called for and `forget` was not
         self._door = Mapping(DOORSTEP_BYTES)
         self.doorstep = self._door.address
         self._within(START_S, lambda: self._start(backend, require, parameters))
@@ -242,19 +243,24 @@ class Agent:
         """Take in a peer's metadata, again when it has new regions. Raises TransportError."""
         if name == self.name:
             return
+        if name.encode() not in metadata:  # not even loaded: the engine would take it for news of whom it names
+            raise TransportError(f"the peer's metadata is not that of {name!r}", transport="nixl")
+        self._learnt.add(name)
         try:
             found = self._agent.loadRemoteMD(metadata)
         except Exception as error:
             raise TransportError(f"the engine does not take the peer's metadata: {error}", transport="nixl") from error
         found = found.decode(errors="replace") if isinstance(found, bytes) else found
         if found != name:
-            self.forget(found)
+            if found not in self._learnt:
+                self.forget(found)
             raise TransportError(f"the peer's metadata is that of {found!r}, not of {name!r}", transport="nixl")
 
     def forget(self, name: str) -> None:
         """Drop a peer and the connection to it. What is under way to it cannot be looked at any more."""
         if name == self.name:
             return
+        self._learnt.discard(name)
         try:
             self._agent.invalidateRemoteMD(name)
         except Exception as error:  # noqa: BLE001 - the engine has dropped it itself

@@ -264,7 +264,10 @@ class Worker(EngineThread[Target, Job]):
                 self._agent.learn(told.agent, told.metadata)
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
             self._give_up(target, str(error))
-            self._suspect(target)
+            if target.learnt >= 0 or target.under_way:
+                self._suspect(target)
+            else:  # nothing was connected: by these ports and addresses are somebody else's connections, if any
+                self._agent.forget(target.told.agent)
             target.not_before = time.monotonic() + COOLDOWN_S
             return False
         target.learnt = told.revision

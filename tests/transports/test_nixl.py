@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from engine_kit import changed
 from transport_ends import PATIENCE_S, at, ended, need, source, wheel
 
 from tensorferry import errors
@@ -783,6 +784,31 @@ def test_another_agents_metadata_are_refused_and_the_pair_goes_on(one: NixlTrans
         copies = [Copy(local, 0, at(region), 0, 1)]
         assert ended(one, one.post(one.connect(msgspec.msgpack.encode(fields)), copies)) is Status.FAILED
         assert ended(one, one.post(one.connect(other.describe()), copies)) is Status.DONE
+
+
+def test_another_agents_metadata_take_nothing_from_that_agent(
+    one: NixlTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a peer of ours: what was under way to it would be lost."""
+    with NixlClosing(NixlOptions(workers=1)) as other:
+        region = other.register(other.allocate(64))
+        peer = one.connect(other.describe())
+        copies = [Copy(source(one, b"x"), 0, at(region), 0, 1)]
+        assert ended(one, one.post(peer, copies)) is Status.DONE
+        forgotten: list[str] = []
+        monkeypatch.setattr(Agent, "forget", lambda _, name: forgotten.append(name))
+        metadata = other._agent.metadata()
+        with pytest.raises(errors.TransportError, match="is not that of 'nobody'"):
+            one._agent.learn("nobody", metadata)
+        with pytest.raises(errors.TransportError, match="is that of"):
+            one._agent.learn("nixlSerDes", metadata)  # a word that stands in them
+        assert forgotten == []
+        monkeypatch.setattr(Agent, "cut", lambda *_: pytest.fail("its connections were ended"))
+        false = one.connect(changed(other.describe(), agent="nixlSerDes"))
+        assert ended(one, one.post(false, copies)) is Status.FAILED
+        assert forgotten == ["nixlSerDes"]
+        assert ended(one, one.post(peer, copies)) is Status.DONE
+        monkeypatch.undo()
 
 
 def test_as_many_regions_are_registered_as_the_descriptor_has_room_for(
