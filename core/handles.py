@@ -121,7 +121,9 @@ class Transfer:
 
     def _wait_until(self, what: Callable[[], bool], timeout: float | None, since: float | None = None) -> None:
         """`timeout` seconds at most, of which the first were over at `since` (on the monotonic clock), if that is told.
-        Raises DeadlineExceeded then, and BadCall where nobody may wait."""
+        Raises DeadlineExceeded then, and BadCall where nobody may wait or for what is no time."""
+        if timeout is not None and math.isnan(timeout):  # it would never be over
+            raise BadCall("timeout is nan: give seconds, or None to wait for ever", room=self.room)
         if what():  # what has ended can be read in a forked child as well
             return
         self._check_process()
@@ -137,7 +139,7 @@ class Transfer:
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the end. Raises the transfer's error if it failed; DeadlineExceeded after `timeout` seconds
-        (the transfer goes on)."""
+        (the transfer goes on): at once for 0 or less, never for None or infinity; BadCall for nan."""
         self._wait_until(lambda: self.done, timeout)
         if self.error is not None:
             raise self.error
@@ -193,7 +195,12 @@ class SendTransfer(Transfer):
         if self.done:
             raise self.error or BadCall("the transfer has ended", room=self.room)
         self._check_process()
-        self._sender._put(self, start, components)
+        try:
+            self._sender._put(self, start, components)
+        except BadCall:
+            if self.error is not None:  # it has ended meanwhile, and that is what is wrong with the call
+                raise self.error from None
+            raise
 
     def cancel(self) -> None:
         """End the room on both sides. Nothing happens if it has ended already. May be called anywhere, in a finalizer

@@ -237,9 +237,9 @@ class Sender(Endpoint):
                 self._show_way(transfer, self._carried_to.pop(serial, 0))  # as the last write has left it
                 offer_status = "SUCCESS" if error is None else "FAILED"
                 transfer.error = error
-                transfer.status = type(transfer.status)(offer_status)
                 if error is None:
                     transfer.sent_tokens = transfer.total_tokens
+                transfer.status = type(transfer.status)(offer_status)  # last: whoever polls reads the others then
                 self._poster.end(serial)
                 self._publish(transfer)
             case fx.Progressed(serial):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import weakref
 from typing import Any
@@ -16,6 +17,7 @@ from scenario_kit import CHOOSERS, PATIENCE, SMALL, Quay, assert_clean, assert_s
 import tensorferry as tf
 from tensorferry import errors
 from tensorferry.core.endpoint import Asked
+from tensorferry.core.source import Source
 
 SIZES: dict[str, Any] = {"layout": SMALL, "block_size": 16, "pool_blocks": 8, "first_grant": 64}
 TOKENS = 1000
@@ -186,6 +188,63 @@ def test_a_wait_that_times_out_says_so_and_the_transfer_goes_on(kind: str) -> No
         sending.put(0, **given)
         assert_same(receiving.result(PATIENCE), given)
         sending.wait(PATIENCE)
+
+
+def test_how_long_a_wait_may_be() -> None:
+    with Quay(**SIZES) as quay:
+        receiving = quay.receive()
+        for none in (0, -1, -math.inf):
+            with pytest.raises(errors.DeadlineExceeded):
+                receiving.wait(none)
+        for wait in (receiving.wait, receiving.result, lambda nan: next(receiving.rows(nan))):
+            with pytest.raises(errors.BadCall, match="nan"):
+                wait(math.nan)
+        given = rows(TOKENS, layout=SMALL)
+        quay.sender.send(1, **given).wait(1e300)
+        assert_same(receiving.result(math.inf), given)
+        assert [stop for _, stop, _ in receiving.rows(math.inf)] == [TOKENS]
+
+
+def test_a_wait_for_ever_ends_when_the_transfer_does() -> None:
+    with Quay(**SIZES) as quay:
+        receiving, waited = quay.receive(), threading.Event()
+
+        def wait() -> None:
+            with pytest.raises(errors.Cancelled):
+                receiving.wait(math.inf)
+            waited.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        eventually(lambda: receiving._bells._hung)  # it waits
+        receiving.cancel()
+        assert waited.wait(PATIENCE)
+
+
+def test_whoever_sees_success_sees_every_token_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def set_and_look(transfer: Any, name: str, value: Any) -> None:
+        object.__setattr__(transfer, name, value)
+        if transfer.__dict__.get("status") == "SUCCESS":
+            sent.append(transfer.sent_tokens)
+
+    monkeypatch.setattr(tf.SendTransfer, "__setattr__", set_and_look, raising=False)
+    with Quay(**SIZES) as quay:
+        quay.carry(TOKENS)
+    assert set(sent) == {TOKENS}
+
+
+def test_rows_that_are_put_as_their_transfer_ends_raise_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Quay(**SIZES) as quay:
+        sending, put = quay.sender.announce(1, TOKENS), Source.put
+
+        def too_late(source: Source, start: int, /, **components: Any) -> None:
+            sending.cancel()
+            put(source, start, **components)
+
+        monkeypatch.setattr(Source, "put", too_late)
+        with pytest.raises(errors.Cancelled):
+            sending.put(0, **rows(TOKENS, layout=SMALL))
 
 
 def test_rows_come_in_order_each_once_while_the_rest_is_on_its_way(kind: str) -> None:
