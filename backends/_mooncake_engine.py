@@ -82,7 +82,6 @@ class Engine:
         """What the engine has installed, by its own word to peers: "rdma", "tcp"; "" until it has told."""
         self._memory: dict[int, Memory] = {}  # registered, by address: it must outlive the engine's use of it
         self._sessions: dict[str, list[bytes]] = {}
-        self._byte = ctypes.c_ubyte()  # what `read_byte` reads goes here, also when nobody waits for it any more
         self._engine: Any = module.TransferEngine()
         with _quietly(), environment.without_vain_devices():
             failed = self._engine.initialize(address, "P2PHANDSHAKE", "", device)
@@ -153,13 +152,14 @@ class Engine:
         """An id for `status`, or 0: refused. Blocks at the first submit to a session; see `rescue`."""
         return int(self._engine.transfer_submit_write(session, source, target, nbytes))
 
-    def read_byte(self, session: str, target: int) -> int:
-        """Read one byte of the peer's registered memory: over TCP, the one question that harms nobody and goes by the
-        connections by which writes go. An id for `status`, or 0, as from `submit`; it may block as that does.
+    def read(self, session: str, into: int, target: int, nbytes: int) -> int:
+        """Read of the peer's registered memory: over TCP, the one question that harms nobody and goes by the
+        connections by which writes go. An id for `status`, or 0, as from `submit`; it may block as that does. What is
+        at `into` has to live until the end, also when nobody waits for it any more.
 
         An empty write would not do: it is done at once and asks nobody.
         """
-        return int(self._engine.batch_transfer_async_read(session, [ctypes.addressof(self._byte)], [target], [1]))
+        return int(self._engine.batch_transfer_async_read(session, [into], [target], [nbytes]))
 
     def status(self, batch: int) -> int:
         """1 done and acknowledged by the peer, 0 under way, -1 failed, -2 late (RDMA; not the end). After 1 and -1 the

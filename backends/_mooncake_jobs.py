@@ -30,12 +30,12 @@ class Target:
     jobs: deque[Job] = field(default_factory=deque)
     under_way: dict[int, Submit] = field(default_factory=dict)
     ready: bool = False
-    """It may be submitted to: it has answered, a byte of it has been read, and no submit has failed since."""
+    """It may be submitted to: it has answered, its token has been read, and no submit has failed since."""
     opened: bool = False
     """The engine has its segment; no submit to it blocks."""
     contact: Contact | None = None
     trial: Trial | None = None
-    """It has answered, and a byte of it is being read."""
+    """It has answered, and its token is being read."""
     not_before: float = 0.0
     """It is asked again only then; and a post waits for the answer from then on."""
     looked_at_all: float = 0.0

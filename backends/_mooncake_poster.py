@@ -61,7 +61,7 @@ class Poster(EngineThread[Target, Job]):
         # Reentrant: `stop` may be called by the garbage collector in the middle of another call.
         self._lock = threading.RLock()
         self._stopping = False
-        self._left_reading: list[int] = []  # reads that nobody waits for any more
+        self._left_reading: list[Trial] = []  # what they read nobody waits for any more
         self._opening: Target | None = None
         self.engine_ended = False
         """Nothing is read and nothing placed any more."""
@@ -147,7 +147,7 @@ class Poster(EngineThread[Target, Job]):
             pass
         self._targets = [t for t in self._targets if t.jobs or t.under_way or t.contact or t.trial]
         self._watch_lost()
-        self._left_reading = [batch for batch in self._left_reading if self._engine.status(batch) not in (1, -1)]
+        self._left_reading = [one for one in self._left_reading if self._engine.status(one.reading) not in (1, -1)]
 
     # ---- what is under way -------------------------------------------------------------------------------
 
@@ -193,7 +193,8 @@ class Poster(EngineThread[Target, Job]):
             contact.join()
             target.contact = None
             if contact.error is None and self._engine.protocol == "tcp":
-                target.trial = Trial(self._engine, self._limits.lanes, self._limits.contact_s)
+                limits = self._limits
+                target.trial = Trial(self._engine, target.told.token, limits.lanes, limits.contact_s)
             elif contact.error is None:
                 target.ready = True
             else:
@@ -215,8 +216,8 @@ class Poster(EngineThread[Target, Job]):
             target.contact = Contact(target.told, self._limits.contact_s, self.nudge)
 
     def _try_out(self, target: Target, trial: Trial) -> None:
-        _, there, _ = target.jobs[0].parts[0]
-        trial.step(lambda: self._begin(target, lambda session: self._engine.read_byte(session, there)))
+        there, nbytes = target.told.doorstep, len(target.told.token)
+        trial.step(lambda into: self._begin(target, lambda session: self._engine.read(session, into, there, nbytes)))
         if trial.works:
             target.ready, target.trial = True, None
         elif trial.error:
@@ -226,7 +227,7 @@ class Poster(EngineThread[Target, Job]):
     def _end_trial(self, target: Target) -> None:
         """Nobody waits for it, or what it says holds no more. A read under way ends as it does."""
         if target.trial is not None and target.trial.reading:
-            self._left_reading.append(target.trial.reading)
+            self._left_reading.append(target.trial)
         target.trial = None
 
     def _submit(self, target: Target) -> None:

@@ -19,7 +19,7 @@ from tensorferry.backends._descriptor import MAX_REGIONS, Natural, Token
 from tensorferry.backends._host import Host
 from tensorferry.core.errors import PeerUnreachable
 
-DESCRIPTOR_VERSION = 1
+DESCRIPTOR_VERSION = 2
 MAX_ANSWER_BYTES = 16 << 20
 _METADATA = 1
 _FRAME = struct.Struct("<QB")
@@ -42,6 +42,10 @@ class Descriptor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     host: Host
     pid: Natural
     started: Natural
+    doorstep: Natural
+    """Where its token can be read by way of the engine; 0 over RDMA."""
+    token: Token
+    """Of this engine and no other, not of one that gets its ports later."""
     addresses: Annotated[list[Natural], msgspec.Meta(max_length=MAX_REGIONS)]
     """Where each region begins, in the order of `regions`: the engine's requests need them."""
     regions: Annotated[list[tuple[Natural, Natural, Natural]], msgspec.Meta(max_length=MAX_REGIONS)]

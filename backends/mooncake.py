@@ -2,7 +2,8 @@
 
 A post becomes submits of one entry each, at most `submit_bytes` long, `window` of them under way per peer, all from a
 thread of the transport's own (`_mooncake_poster`), each polled to its end. A peer is asked whether it is there before
-the engine is (`_mooncake_contact`), and over TCP a byte of it is read before anything is written.
+the engine is (`_mooncake_contact`), and over TCP its token is read before anything is written: it is this engine, and
+none that has its ports by now.
 
 Fences. PEER_GONE: a pidfd says that a peer of this host has ended, and the kernel's tables that nothing of it is left
 on the way to our memory (the engine goes on placing what a dead process has sent). Across hosts there is no proof, and
@@ -21,6 +22,7 @@ ask for no password. Use it in networks that you trust, as you would the engine 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +34,7 @@ from tensorferry.backends._addresses import local_addresses
 from tensorferry.backends._descriptor import decode
 from tensorferry.backends._engine_transport import EnginePeer, EngineTransport
 from tensorferry.backends._hostcopy import HostPeer, Plan
+from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._mooncake_contact import check_protocols
 from tensorferry.backends._mooncake_engine import Engine, load
 from tensorferry.backends._mooncake_environment import Unfit
@@ -119,6 +122,9 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
             self._engine = Engine(self._address, chosen.device)
         except Unfit as unfit:
             raise TransportUnavailable(unfit.reason, hint=unfit.hint, transport=self.name) from unfit
+        self._token, self._doorstep = secrets.token_bytes(16), 0
+        if self._engine.protocol == "tcp":
+            self._show_token()
         if not environment.why_not_cuda(self._engine.protocol)[0]:
             self._take_cuda()
         self._poster = Poster(
@@ -132,6 +138,14 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
         except TransportUnavailable:
             self.close()
             raise
+
+    def _show_token(self) -> None:
+        """Where peers read it, in a page that peers may write to like any other that is registered."""
+        page = Mapping(len(self._token))
+        memory = Memory(page.address, len(self._token), "cpu", page)
+        memory.view()[:] = self._token
+        self._engine.register(memory)
+        self._doorstep = memory.address
 
     def _refuse_in_vain(self, chosen: MooncakeOptions) -> None:
         """Before an engine is started: what is asked for cannot be had here."""
@@ -179,6 +193,8 @@ class MooncakeTransport(EngineTransport[Job, MooncakePeer]):
                 self._host,
                 self._pid,
                 _process.start_time(self._pid) or 0,
+                self._doorstep,
+                self._token,
                 [region.memory.address for region in live],
                 [(region.id, region.generation, region.memory.nbytes) for region in live],
             )
