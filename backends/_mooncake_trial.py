@@ -68,6 +68,6 @@ class Trial:
             self._not_before = now + READ_AGAIN_S
             self._failures_left -= 1
             if self._failures_left < 0:
-                self.error = "it answers, and the engine cannot read its token: it is another, or does not answer the engine"
+                self.error = "it answers, and the engine cannot read its token"
         elif not self.works and now > self._since + self._patience_s:
             self.error = f"it answered, and the engine has not read its token within {now - self._since:.1f} s"
