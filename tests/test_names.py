@@ -86,6 +86,11 @@ def until(what: Callable[[], Any]) -> Any:
     return found
 
 
+def looking_up(prefix: str) -> int:
+    """Threads that look up a name that begins so."""
+    return sum(thread.name.startswith(f"tensorferry-name-{prefix}") for thread in threading.enumerate())
+
+
 def talk(client: Control, address: str, server: Control) -> None:
     """Say it until it is heard, and answered."""
 
@@ -209,7 +214,6 @@ def test_what_can_be_no_name_is_not_found(name: str) -> None:
 
 
 def test_so_many_names_are_looked_up_at_once_and_none_twice(service: NameService) -> None:
-    before = threading.active_count()
     service.slow = True
     woken = threading.Event()
     looking = Names(woken.set)
@@ -217,7 +221,7 @@ def test_so_many_names_are_looked_up_at_once_and_none_twice(service: NameService
     for name in [*wanted, *wanted]:
         looking.ask(name)
     until(lambda: service.waiting == MOST_LOOKUPS)
-    assert threading.active_count() == before + MOST_LOOKUPS
+    assert looking_up("host-") == MOST_LOOKUPS
     assert list(looking.answers()) == []
     service.answer.set()
     answers: list[tuple[str, tuple[str, ...], str]] = []
@@ -226,7 +230,7 @@ def test_so_many_names_are_looked_up_at_once_and_none_twice(service: NameService
     assert sorted(service.asked) == sorted(wanted)
     assert service.most_waiting <= MOST_LOOKUPS
     assert woken.is_set()
-    until(lambda: threading.active_count() == before)  # nobody waits for another name
+    until(lambda: looking_up("host-") == 0)  # nobody waits for another name
 
 
 def test_where_there_is_no_thread_the_name_is_not_found_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +344,7 @@ def test_nobody_waits_for_a_name_at_the_end(service: NameService) -> None:
     client.close()
     assert service.waiting == 2
     service.answer.set()
-    until(lambda: not any(thread.name.startswith("tensorferry-name-") for thread in threading.enumerate()))
+    until(lambda: looking_up("slow") == 0)
 
 
 def test_asking_by_a_name_that_is_not_found_says_so(service: NameService) -> None:
