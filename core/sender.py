@@ -202,7 +202,7 @@ class SenderMachine(SenderState):
                         if binding.epoch:  # what is granted cannot be written: recover, and try again with new grants
                             self._be_in_trouble(binding, error)
                         else:
-                            self._refuse(r.route, binding.key, error)
+                            self._refuse(binding.route, binding.key, error)
         return self._take_effects()
 
     def receiver_lost(self, receiver: int, error: e.FerryError, *, gone: bool) -> list[Effect]:

@@ -656,3 +656,15 @@ def test_grants_that_wait_are_bounded_for_each_receiver_whatever_the_number_of_r
     xfer, serial = ferry.receive(20), ferry.send(20, 2)  # and is nobody else's loss
     ferry.deliver()
     assert ferry.ended["sender", serial] is ferry.ended["rank0", xfer] is None
+
+
+def test_a_room_is_refused_by_the_way_on_which_it_was_opened() -> None:
+    """A receiver that knows us by two addresses speaks by two ways, and each room is waited for on its own."""
+    ferry = Ferry(pool=3)
+    ferry.sender.on_message("way 1", stranger(1))
+    about = {"src": 5001, "dst": 1000, "min_live": 1}
+    for room in (1, 2):
+        ferry.sender.on_message(f"way {room}", m.Open(**about, xfer=room, room=room, rank=0, ranks=1, dummy=False))
+    sent = [x for x in ferry.sender.connected(5001, e.TransportMismatch("no way")) if isinstance(x, fx.Send)]
+    refused = [(x.route, x.message.xfer) for x in sent if isinstance(x.message, m.Refused)]
+    assert refused == [("way 1", 1), ("way 2", 2)]
