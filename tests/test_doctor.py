@@ -27,6 +27,8 @@ from tensorferry.commands.findings import Finding, Severity
 from tensorferry.commands.listening import Listener, Scope
 from tensorferry.commands.output import Exit
 from tensorferry.commands.rdma_facts import Ground, State
+from tensorferry.commands.surveying import survey
+from tensorferry.core.errors import TransportUnavailable
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Probe, Readiness
 from tensorferry.plugins.registry import Plugin
@@ -171,6 +173,10 @@ def test_a_child_that_cannot_be_started_is_an_answer_too(monkeypatch: pytest.Mon
     found = examine("shm", 3)
     assert found.probe.readiness is Readiness.BROKEN
     assert "could not be started" in found.probe.reason
+    assert "no transport's fault" in found.probe.hint
+    with pytest.raises(TransportUnavailable) as nothing_asked:
+        survey("tcp://127.0.0.1:1", Settings(), 3)
+    assert "no transport's fault" in nothing_asked.value.hint
     assert host_facts.copy_between_processes().severity is Severity.NOTE
 
 

@@ -66,6 +66,8 @@ def examine(name: str, seconds: float, *, debug: bool = False) -> Examined:
     first, _, second = ended.said.partition(b"\n")
     more = "; `--timeout` waits longer" if "no answer" in ended.how else ""
     hint = f"`tensorferry doctor --debug {name}` shows what it prints{more}"
+    if not ended.started:
+        hint = probing.NOT_STARTED
     last = {"last_words": ended.last_words} if ended.how and ended.last_words else {}
     if not first:
         return Examined(Probe(Readiness.BROKEN, f"its probe {ended.how or 'said nothing'}", hint, last))

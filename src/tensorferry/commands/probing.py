@@ -33,6 +33,9 @@ LONGEST_SECONDS = 3600.0
 
 AT_ONCE = 4
 
+NOT_STARTED = "It is no transport's fault: look at the limits of processes and memory (`ulimit -a`)"
+"""What helps where a child could not be started."""
+
 _PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
 
@@ -113,6 +116,7 @@ class Ended:
     how: str = ""
     last_words: str = ""
     """The last line that it, or an engine in it, wrote to standard error; not where that is shown anyway."""
+    started: bool = True
 
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -124,7 +128,7 @@ def run_child(module: str, *args: str, seconds: float, debug: bool = False) -> E
     try:
         return _run_child(module, *args, seconds=seconds, debug=debug)
     except OSError as error:  # no more processes, no memory, an interpreter that this user may not run
-        return Ended(b"", f"could not be started: {error}")
+        return Ended(b"", f"could not be started: {error}", started=False)
 
 
 def _run_child(module: str, *args: str, seconds: float, debug: bool) -> Ended:

@@ -57,12 +57,15 @@ def survey(address: str, settings: Settings, seconds: float, *, debug: bool = Fa
     try:
         told = json.loads(ended.said)
     except ValueError:
+        hint = "An endpoint here fares the same. `tensorferry doctor` says which transport does it: uninstall it, or "
+        hint += "name another one with --transport"
+        if not ended.started:
+            hint = probing.NOT_STARTED
         last = f'. It last said: "{ended.last_words}"' if ended.last_words else ""
         raise TransportUnavailable(
             "opening the transports that an endpoint with these settings opens, and trying them: "
             f"the process {ended.how or 'said nothing'}{last}",
-            hint="An endpoint here fares the same. `tensorferry doctor` says which transport does it: uninstall it, or "
-            "name another one with --transport",
+            hint=hint,
         ) from None
     error = probing.error_of(told["error"]) if told["error"] else None
     if error is not None and "verdicts" not in told:
