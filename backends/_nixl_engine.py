@@ -4,6 +4,8 @@ The binding module is loaded by itself: the wheel's Python layer imports numpy (
 CUDA, torch), logs to standard output, and makes a progress thread that spins. Not used, and why: notifications are sent
 by the initiator's next look at a finished request and get lost with it; a request is never released while it is under
 way, because that ends nothing: the bytes land all the same.
+
+Long because each call stands here with what makes it safe.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tensorferry.backends import _nixl_environment as environment
 from tensorferry.backends._mapping import Mapping
 from tensorferry.backends._nixl_backends import check_backend, explain_backend
 from tensorferry.backends._nixl_environment import RDMA, TCP, Unfit
+from tensorferry.backends._nixl_gate import Gate, Held
 from tensorferry.backends._nixl_sockets import (
     Aftermath,
     Stalled,
@@ -149,6 +152,8 @@ class Agent:
             parameters["engine_config"] = ("TLS=ib" if require == RDMA else "TLS=tcp") + (",cuda_copy" if cuda else "")
         self._pins = backend == "UCX" and require == RDMA
         self._memory: dict[int, tuple[Memory, Any]] = {}
+        self._gate = Gate()
+        self._owed: set[str] = set()  # whom to forget as soon as nobody is inside
         self._learnt: set[str] = set()  # whom `learn` was called for and `forget` was not
         self._door = Mapping(DOORSTEP_BYTES)
         self.doorstep = self._door.address
@@ -199,7 +204,7 @@ class Agent:
     # ---- memory ------------------------------------------------------------------------------------------
 
     def register(self, memory: Memory) -> None:
-        """Raises TransportError. The GIL is released."""
+        """Raises TransportError, also where a call of another thread does not come back. The GIL is released."""
         # One by one: given a list, the binding first asks numpy whether it is an array, and imports it for that.
         on_gpu = memory.kind == "cuda"
         if self._pins and not on_gpu and (refused := why_not_locked(memory.nbytes)):
@@ -209,7 +214,10 @@ class Agent:
         entries = self._nixl.nixlRegDList(self._segment(memory.device if on_gpu else -1), 0)
         entries.addDesc((memory.address, memory.nbytes, memory.device, ""))
         try:
-            self._agent.registerMem(entries, [self._backend])
+            with self._gate.alone():
+                self._agent.registerMem(entries, [self._backend])
+        except Held as held:
+            raise _held(held) from held
         except Exception as error:
             raise TransportError(
                 f"the engine does not register {memory.nbytes} bytes: {error}",
@@ -223,31 +231,47 @@ class Agent:
     def _segment(self, gpu: int) -> Any:
         return self._nixl.DRAM_SEG if gpu < 0 else self._nixl.VRAM_SEG
 
-    def unregister(self, memory: Memory) -> None:
+    def unregister(self, memory: Memory) -> bool:
         """Only what nobody writes to any more: over TCP the engine does not check, and a late write ends the process
-        when the pages are gone."""
-        kept = self._memory.pop(memory.address, None)
+        when the pages are gone. False: not now, for a call of another thread does not come back."""
+        kept = self._memory.get(memory.address)
         if kept is not None:
             try:
-                self._agent.deregisterMem(kept[1], [self._backend])
+                with self._gate.alone():
+                    self._agent.deregisterMem(kept[1], [self._backend])
+            except Held as held:
+                log.warning("%s stays registered: %s", memory, held)
+                return False
             except Exception:
                 log.exception("unregistering %s failed", memory)
+            self._memory.pop(memory.address, None)
+        return True
 
     def metadata(self) -> bytes:
-        """What another agent needs to write to our registered memory."""
-        return bytes(self._agent.getLocalMD())
+        """What another agent needs to write to our registered memory. Raises TransportError where a call of another
+        thread does not come back. The binding keeps the GIL."""
+        try:
+            with self._gate.alone():
+                return bytes(self._agent.getLocalMD())
+        except Held as held:
+            raise _held(held) from held
 
     # ---- peers -------------------------------------------------------------------------------------------
 
     def learn(self, name: str, metadata: bytes) -> None:
-        """Take in a peer's metadata, again when it has new regions. Raises TransportError."""
+        """Take in a peer's metadata, again when it has new regions. Raises TransportError, and Held where a call of
+        another thread does not come back: then nothing has happened."""
         if name == self.name:
             return
         if name.encode() not in metadata:  # not even loaded: the engine would take it for news of whom it names
             raise TransportError(f"the peer's metadata is not that of {name!r}", transport="nixl")
-        self._learnt.add(name)
         try:
-            found = self._agent.loadRemoteMD(metadata)
+            with self._gate.alone(patient=True):
+                self._forget_owed()
+                self._learnt.add(name)
+                found = self._agent.loadRemoteMD(metadata)
+        except Held:
+            raise
         except Exception as error:
             raise TransportError(f"the engine does not take the peer's metadata: {error}", transport="nixl") from error
         found = found.decode(errors="replace") if isinstance(found, bytes) else found
@@ -257,14 +281,26 @@ class Agent:
             raise TransportError(f"the peer's metadata is that of {found!r}, not of {name!r}", transport="nixl")
 
     def forget(self, name: str) -> None:
-        """Drop a peer and the connection to it. What is under way to it cannot be looked at any more."""
+        """Drop a peer and the connection to it. What is under way to it cannot be looked at any more. Where a call of
+        another thread does not come back it is done later, and before the peer is learnt again."""
         if name == self.name:
             return
         self._learnt.discard(name)
+        self._owed.add(name)
         try:
-            self._agent.invalidateRemoteMD(name)
-        except Exception as error:  # noqa: BLE001 - the engine has dropped it itself
-            log.debug("forgetting %s: %s", name, error)
+            with self._gate.alone(patient=True):
+                self._forget_owed()
+        except Held as held:
+            log.debug("%s is forgotten later: %s", name, held)
+
+    def _forget_owed(self) -> None:
+        """Alone: the binding keeps the GIL."""
+        while self._owed:
+            name = self._owed.pop()
+            try:
+                self._agent.invalidateRemoteMD(name)
+            except Exception as error:  # noqa: BLE001 - the engine has dropped it itself
+                log.debug("forgetting %s: %s", name, error)
 
     def cut(self, name: str, ports: Collection[int], addresses: Collection[str]) -> None:
         """End the TCP connections to a peer, which nothing else ends."""
@@ -289,20 +325,27 @@ class Agent:
         for source, target, nbytes in pieces:
             local.addDesc((source, nbytes, here))
             remote.addDesc((target, nbytes, there))
-        return Request(self, self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, name, "", [self._backend]))
+        with self._gate.among():
+            number = self._agent.createXferReq(nixl.NIXL_WRITE, local, remote, name, "", [self._backend])
+        return Request(self, number)
 
     def submit(self, request: Request) -> bool:
         """Start it. True: it is done and every byte is placed, which a copy between processes is when this returns.
         Raises what the engine raises: then some of it may have been placed."""
-        return self._over(self._agent.postXferReq(request.number))
+        return self._post(request)
 
     def knock(self, request: Request) -> bool:
         """The same, with a byte for a peer's doorstep."""
-        return self._over(self._agent.postXferReq(request.number))
+        return self._post(request)
 
     def look(self, request: Request) -> bool:
         """Is it done? Raises what the engine raises: it has ended, and some of it may have been placed."""
-        return self._over(self._agent.getXferStatus(request.number))
+        with self._gate.among():
+            return self._over(self._agent.getXferStatus(request.number))
+
+    def _post(self, request: Request) -> bool:
+        with self._gate.among():
+            return self._over(self._agent.postXferReq(request.number))
 
     def _over(self, status: Any) -> bool:
         return bool(status == self._nixl.NIXL_SUCCESS)
@@ -310,7 +353,8 @@ class Agent:
     def release(self, request: Request) -> None:
         """Only what is over."""
         try:
-            self._agent.releaseXferReq(request.number)
+            with self._gate.among():
+                self._agent.releaseXferReq(request.number)
         except Exception as error:  # noqa: BLE001 - nothing depends on it but the engine's memory
             log.debug("releasing a request: %s", error)
 
@@ -340,6 +384,14 @@ class Agent:
         with _ending:
             _pin(self._agent)
             _abandoned.append(self)
+
+
+def _held(held: Held) -> TransportError:
+    return TransportError(
+        f"{held}, and until then no memory can be registered and no new peer be met",
+        hint="A copy into a peer's memory waits for pages that nobody brings, most likely; another transport serves",
+        transport="nixl",
+    )
 
 
 class Request:

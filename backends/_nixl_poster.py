@@ -23,6 +23,7 @@ from typing import Protocol
 from tensorferry.backends._engine_thread import POLL_S, WATCH_S, Bell, EngineThread
 from tensorferry.backends._host import this_host
 from tensorferry.backends._nixl_engine import Agent
+from tensorferry.backends._nixl_gate import Held
 from tensorferry.backends._nixl_jobs import Job, Submit, Target
 from tensorferry.backends._nixl_sockets import own_addresses
 from tensorferry.backends._nixl_wireup import Wireup, Wireups
@@ -85,12 +86,13 @@ class Worker(EngineThread[Target, Job]):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Around a call of the engine that may not come back."""
-        self.called_at = time.monotonic()
+        """Around every call of the engine: any may not come back, or wait for one that does not."""
+        before = self.called_at
+        self.called_at = before or time.monotonic()
         try:
             yield
         finally:
-            self.called_at = 0.0
+            self.called_at = before
 
     # ---- called by other threads -------------------------------------------------------------------------
 
@@ -155,7 +157,9 @@ class Worker(EngineThread[Target, Job]):
         for target in [t for t in self._targets if not (t.jobs or t.under_way or t.knock)]:
             if not target.unwanted or self._has_left(target, now):
                 self._targets.remove(target)
-        self._wireups.step()
+        if self._wireups:
+            with self._inside():
+                self._wireups.step()
         self._watch_lost()
         self._crew.look_around()
 
@@ -164,7 +168,8 @@ class Worker(EngineThread[Target, Job]):
     def _poll(self, target: Target, now: float) -> None:
         for submit in list(target.under_way):
             try:
-                done = self._agent.look(submit.request)
+                with self._inside():
+                    done = self._agent.look(submit.request)
             except Exception as error:  # noqa: BLE001 - whatever it is, the request is over
                 self._lose(submit.job, f"a write failed: {error}")
                 self._end(target, submit)
@@ -187,7 +192,8 @@ class Worker(EngineThread[Target, Job]):
         target.under_way.remove(submit)
         target.moved_at = time.monotonic()
         submit.job.under_way -= 1
-        self._agent.release(submit.request)
+        with self._inside():
+            self._agent.release(submit.request)
         if submit.job.quiet:
             submit.job.keep = ()
         self._settle(submit.job)
@@ -201,10 +207,11 @@ class Worker(EngineThread[Target, Job]):
             self._forget(target)
 
     def _forget(self, target: Target) -> None:
-        if target.knock is not None:
-            self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
-            target.knock = None
-        self._agent.forget(target.told.agent)
+        with self._inside():
+            if target.knock is not None:
+                self._agent.release(target.knock)  # should its byte still come, it comes to the doorstep
+                target.knock = None
+            self._agent.forget(target.told.agent)
         self._cut(target)  # else the engine keeps them for as long as the peer does
         target.learnt, target.ready, target.cut, target.wireups, target.stalled = -1, False, False, None, None
 
@@ -262,12 +269,16 @@ class Worker(EngineThread[Target, Job]):
         try:
             with self._inside():
                 self._agent.learn(told.agent, told.metadata)
+        except Held as held:  # nothing is wrong with the pair
+            self._give_up(target, str(held))
+            return False
         except Exception as error:  # noqa: BLE001 - whatever the engine raises is the reason
             self._give_up(target, str(error))
             if target.learnt >= 0 or target.under_way:
                 self._suspect(target)
             else:  # nothing was connected: by these ports and addresses are somebody else's connections, if any
-                self._agent.forget(target.told.agent)
+                with self._inside():
+                    self._agent.forget(target.told.agent)
             target.not_before = time.monotonic() + COOLDOWN_S
             return False
         target.learnt = told.revision
@@ -278,9 +289,9 @@ class Worker(EngineThread[Target, Job]):
             return
         target.asked_at = now
         try:
-            request = self._agent.prepare(target.told.agent, [(self._agent.doorstep, target.told.doorstep, 1)])
-            target.knock = request
             with self._inside():
+                request = self._agent.prepare(target.told.agent, [(self._agent.doorstep, target.told.doorstep, 1)])
+                target.knock = request
                 answered = self._agent.knock(request)
             if answered:
                 self._answered(target)
@@ -290,7 +301,9 @@ class Worker(EngineThread[Target, Job]):
     def _await_answer(self, target: Target, now: float) -> None:
         assert target.knock is not None
         try:
-            if self._agent.look(target.knock):
+            with self._inside():
+                there = self._agent.look(target.knock)
+            if there:
                 self._answered(target)
             elif target.ended():
                 self._refused(target, "its process has ended")
@@ -301,7 +314,8 @@ class Worker(EngineThread[Target, Job]):
 
     def _answered(self, target: Target) -> None:
         if target.knock is not None:
-            self._agent.release(target.knock)
+            with self._inside():
+                self._agent.release(target.knock)
             target.knock = None
         target.ready = True
 
@@ -322,7 +336,8 @@ class Worker(EngineThread[Target, Job]):
             return
         batch = job.parts.popleft()
         try:
-            request = self._agent.prepare(target.told.agent, batch[1], batch[0])
+            with self._inside():
+                request = self._agent.prepare(target.told.agent, batch[1], batch[0])
         except Exception as error:  # noqa: BLE001 - it knows no such memory, or has forgotten the peer by itself
             target.ready, target.learnt = False, -1
             if job.retried:

@@ -166,12 +166,16 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
         return Memory(memory.address, nbytes, kind, Sealed(memory.owner))
 
     def _publish(self, region: Region) -> None:
-        if self._retired.pop(region.memory, None) is None:  # else the engine has it still
+        known = self._retired.pop(region.memory, None)
+        if known is None:  # else the engine has it still
             self._check_engine()
             self._agent.register(region.memory)
         self._live[region.id] = region
         try:
             told = len(self._encode(self._revision + 1))
+        except TransportError:  # a call does not come back: the engine has it, and no peer was told
+            self._retired[region.memory] = known or set()
+            raise
         finally:
             del self._live[region.id]
         if told > MAX_DESCRIPTOR_BYTES:
@@ -183,10 +187,7 @@ class NixlTransport(EngineTransport[Job, NixlPeer]):
             )
 
     def _unregister(self, memory: Memory) -> bool:
-        if self._crew.stuck():
-            return False
-        self._agent.unregister(memory)
-        return True
+        return not self._crew.stuck() and self._agent.unregister(memory)
 
     def _check_engine(self) -> None:
         """Raises TransportError where a call that needs all of the engine would wait for ever."""

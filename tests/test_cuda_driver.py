@@ -14,6 +14,7 @@ import pytest
 from tensorferry.backends import _mooncake_environment, _nixl_environment, mooncake, nixl
 from tensorferry.backends._hostcopy import HostTransport
 from tensorferry.backends._nixl_engine import Agent
+from tensorferry.backends._nixl_gate import Gate
 from tensorferry.backends.memory import MemoryOptions, MemoryTransport
 from tensorferry.core import cuda_driver
 from tensorferry.core.cuda_driver import GPU_PAGE, Driver, carried, why_no_cuda
@@ -381,6 +382,7 @@ class Recorder:
 def test_nixl_is_told_the_segment_and_the_gpu_on_either_side() -> None:
     agent = Agent.__new__(Agent)
     agent._nixl, agent._agent, agent._backend, agent._memory = Binding(), Recorder(), 7, {}
+    agent._pins, agent._gate = False, Gate()
     agent.register(Memory(ADDRESS, 64, "cuda", None, 3))
     agent.register(Memory(4096, 64))
     agent.prepare("peer", [(1, 2, 3)], (-1, 2))
