@@ -20,6 +20,10 @@ from tensorferry.core.selection import Verdict
 from tensorferry.core.settings import Settings
 
 
+START_SECONDS = 5.0
+"""For the child's own start, which is nobody's answer: so that a short time-out is the peer's."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a sender offers, against what is open here."""
@@ -53,7 +57,8 @@ def survey(address: str, settings: Settings, seconds: float, *, debug: bool = Fa
     and TransportUnavailable where they crash or hang.
     """
     order = {"address": address, "seconds": seconds, "transport": settings.transport, "require": settings.require}
-    ended = probing.run_child(__spec__.name, json.dumps(order), seconds=2 * seconds, debug=debug)
+    limit = START_SECONDS + 2 * seconds
+    ended = probing.run_child(__spec__.name, json.dumps(order), seconds=limit, debug=debug)
     try:
         told = json.loads(ended.said)
     except ValueError:
