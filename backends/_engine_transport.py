@@ -122,6 +122,7 @@ class EngineTransport(HostTransport[J], Generic[J, P]):
     # ---- our memory --------------------------------------------------------------------------------------
 
     def register(self, memory: Memory) -> Region:
+        self._check_open()
         self._bury()
         told = self._retired.get(memory, set())
         region = super().register(memory)

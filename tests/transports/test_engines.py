@@ -24,7 +24,7 @@ from tensorferry.backends._nixl_engine import Agent
 from tensorferry.backends.mooncake import MooncakeOptions, MooncakeTransport
 from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
 from tensorferry.core import receiving, sending
-from tensorferry.core.errors import PathMismatch, TransportError
+from tensorferry.core.errors import BadCall, PathMismatch, TransportError
 from tensorferry.core.memory import Memory
 from tensorferry.core.settings import Settings
 from tensorferry.core.transport import Copy, PeerState, RemoteRegion, Status
@@ -274,6 +274,15 @@ def test_a_forked_child_cannot_use_what_it_inherited_and_ends(here: Engine, ther
     assert answers == {"describe": "BadCall", "poll": "BadCall", "allocate": "BadCall", "close": "returned"}
     region = other.ask("share", nbytes=4096)
     assert ended(here, one_byte(here, here.connect(other.describe()), region)) is Status.DONE
+
+
+def test_a_forked_child_lets_go_of_nothing_that_its_parent_keeps(here: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = here.allocate(64)
+    with monkeypatch.context() as child:
+        child.setattr(here, "_bury", lambda: pytest.fail("it looked for what can be let go of"))
+        child.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(BadCall, match="forked"):
+            here.register(memory)
 
 
 FORKS = """
