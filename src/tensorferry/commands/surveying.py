@@ -19,7 +19,6 @@ from tensorferry.core.errors import FerryError, TransportUnavailable
 from tensorferry.core.selection import Verdict
 from tensorferry.core.settings import Settings
 
-
 START_SECONDS = 5.0
 """For the child's own start, which is nobody's answer: so that a short time-out is the peer's."""
 
