@@ -7,6 +7,7 @@ Long because each row of the engine's failure table has its test.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -18,10 +19,11 @@ import pytest
 from engine_kit import abroad, changed, check_quiet_end, ends, one_byte, post
 from transport_ends import PATIENCE_S, Process, ended, eventually, need, over, source
 
-from tensorferry.backends import _nixl_poster, _nixl_sockets
+from tensorferry.backends import _nixl_keeping, _nixl_poster, _nixl_sockets
 from tensorferry.backends._nixl_engine import Agent, Request
 from tensorferry.backends.nixl import NixlOptions, NixlPeer, NixlTransport
 from tensorferry.core.errors import TransportError, TransportMismatch
+from tensorferry.core.memory import Memory
 from tensorferry.core.transport import PeerState, Region, Status
 
 Start = Callable[..., Process]
@@ -295,6 +297,25 @@ def test_a_peer_that_never_was_there_fails_and_nothing_was_submitted(
         assert ended(here, handle) is Status.FAILED
         assert here.drained(handle)
         assert here.peer_state(peer) is PeerState.UNKNOWN
+
+
+@COPIES
+def test_memory_of_others_outlives_the_transport_for_a_disconnected_peer(here: NixlTransport, there: Start) -> None:
+    """It copies into what it was told of until it ends, and nothing looks whether that is registered."""
+    other = there()
+    theirs = bytearray(4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(theirs))
+    here.register(Memory(address, 4096, "cpu", theirs))
+    here.disconnect(here.connect(other.describe()))
+    here.close()
+
+    def kept() -> bool:
+        _nixl_keeping.outlive([], [])
+        return any(memory.address == address for memories, _ in _nixl_keeping.outlived for memory in memories)
+
+    assert kept()
+    other.end()
+    eventually(lambda: not kept())
 
 
 @SOCKETS
