@@ -455,8 +455,10 @@ class Receiver(Endpoint):
             for t in [t for t in self.machine.transfers.values() if t.route == route]:
                 keys.add(("meeting", t.xfer))  # each by its own clock: what a lost sender left here says nothing new
                 if self._watches.age(("meeting", t.xfer), now) > s.peer_timeout:
-                    nobody = PeerUnreachable(f"nobody answered within peer_timeout ({s.peer_timeout:g} s)", peer=route)
-                    self._do(self.machine.peer_silent(route, nobody, t.xfer))
+                    nobody = f"nobody answered within peer_timeout ({s.peer_timeout:g} s)"
+                    if trouble := self._control.trouble(route):
+                        nobody += f"; its host is not found: {trouble}"
+                    self._do(self.machine.peer_silent(route, PeerUnreachable(nobody, peer=route), t.xfer))
 
     def _leave_idle_routes(self, now: float, keys: set[Any]) -> None:
         """Senders come and go, often on a new port each time: what nothing is wanted from is let go after a while."""

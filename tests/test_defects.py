@@ -798,7 +798,7 @@ def test_defect_31_sockets_are_shared_between_threads_without_a_lock(monkeypatch
     receives, connects and closes; all others can only wake it."""
     users: dict[int, set[int]] = {}
     public = [name for name, _ in inspect.getmembers(Control, inspect.isfunction) if name[0] != "_" and name != "wake"]
-    assert {"send", "receive", "connect", "disconnect", "close"} == set(public)
+    assert {"send", "receive", "connect", "disconnect", "trouble", "close"} == set(public)
 
     def watched(name: str) -> Any:
         real = getattr(Control, name)
