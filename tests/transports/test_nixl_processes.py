@@ -244,21 +244,26 @@ def test_a_write_to_a_peer_that_is_stopped_is_given_up_its_source_is_free_and_th
 
 
 @SOCKETS
-def test_a_write_by_a_connection_that_the_peer_has_dialled_is_given_up_too(here: NixlTransport, there: Start) -> None:
-    """UCX sends by it where the peer wrote first. It has no port by which it could be known as the peer's."""
-    stopped = there()
-    ours, region = here.register(here.allocate(4096)), stopped.ask("share", nbytes=MUCH)
-    stopped.ask("connect", descriptor=here.describe().hex())
-    assert stopped.ask("write", region=[ours.id, ours.generation], seed=1, nbytes=4096)[0] == "DONE"
-    peer = here.connect(stopped.describe())
-    assert ended(here, one_byte(here, peer, region)) is Status.DONE
-    stopped.stop()
-    handle = post(here, peer, region, source(here, b"\x55" * MUCH))
-    assert over(here, handle) is Status.UNKNOWN
-    eventually(lambda: here.source_free(handle))
-    assert here.peer_state(peer) is PeerState.ALIVE
-    stopped.signal(signal.SIGCONT)
-    eventually(lambda: over(here, one_byte(here, peer, region)) is Status.DONE, "a write to it once it runs again")
+def test_a_write_by_a_connection_that_the_peer_has_dialled_is_given_up_too(there: Start, way: str) -> None:
+    """UCX sends by it where the peer wrote first: always, where each side has one worker. It has no port by which it
+    could be known as the peer's."""
+    stopped = there(workers=1)
+    here = NixlTransport(NixlOptions(require=way, workers=1, contact_timeout=1.5, progress_timeout=1.0))
+    try:
+        ours, region = here.register(here.allocate(4096)), stopped.ask("share", nbytes=MUCH)
+        stopped.ask("connect", descriptor=here.describe().hex())
+        assert stopped.ask("write", region=[ours.id, ours.generation], seed=1, nbytes=4096)[0] == "DONE"
+        peer = here.connect(stopped.describe())
+        assert ended(here, one_byte(here, peer, region)) is Status.DONE
+        stopped.stop()
+        handle = post(here, peer, region, source(here, b"\x55" * MUCH))
+        assert over(here, handle) is Status.UNKNOWN
+        eventually(lambda: here.source_free(handle))
+        assert here.peer_state(peer) is PeerState.ALIVE
+        stopped.signal(signal.SIGCONT)
+        eventually(lambda: over(here, one_byte(here, peer, region)) is Status.DONE, "a write to it once it runs again")
+    finally:
+        here.close()
 
 
 @BOTH
