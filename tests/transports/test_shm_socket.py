@@ -414,7 +414,7 @@ def test_regions_that_come_and_go_under_posts_stay_apart(owner: ShmTransport, wr
 
 def test_close_in_the_middle_of_everything_leaves_nothing_pending(owner: ShmTransport, region: Region) -> None:
     """Posts that wait for a mapping, mappings on their way, copies begun: whatever close meets, all ends drained."""
-    open_before = None
+    open_before = 0
     for turn in range(60):
         writer = ShmTransport(ShmOptions())
         peer = writer.connect(owner.describe())
@@ -426,7 +426,9 @@ def test_close_in_the_middle_of_everything_leaves_nothing_pending(owner: ShmTran
             eventually(lambda: not owner._courier._guests)
             open_before = len(os.listdir("/proc/self/fd"))
     eventually(lambda: not owner._courier._guests)
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert (
+        len(os.listdir("/proc/self/fd")) <= open_before
+    )  # fewer, where the collector has let go of earlier tests' files
 
 
 def test_close_fails_what_waits_even_if_the_courier_hangs(
