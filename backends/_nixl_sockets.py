@@ -10,7 +10,6 @@ of it, and closes its socket when it has read the end.
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import re
 import socket
@@ -28,9 +27,12 @@ import ifaddr
 
 from tensorferry.backends._own_sockets import connections, own_sockets
 
-PLACING_S = 0.05
+PLACING_S = 0.5
 """For a thread of UCX that has read the last bytes of a connection to put them where they belong: a buffer of 8 KiB,
 which is a microsecond and as long as the thread waits for a processor."""
+
+LOOK_S = 0.1
+"""The most of it that passes between two looks: the process may have been stopped there."""
 
 _ESTABLISHED = 0x01
 _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in struct tcp_info, since Linux 4.1
@@ -144,8 +146,10 @@ class _Flow:
 
     due: int
     """How many bytes UCX has to have read from it altogether; more may follow, and is another's."""
-    read_at: float = math.inf
-    """When it was first seen, by `time.monotonic`, that it has."""
+    read: bool = False
+    """It was seen that it has."""
+    since: float = 0.0
+    """For how many seconds of this process's life that is so."""
 
 
 class Aftermath:
@@ -158,9 +162,9 @@ class Aftermath:
 
     What the second rests on. UCX does not store: what it reads of a write goes to where it belongs, either by the read
     itself (`uct_tcp_ep_progress_put_rx`), or by a copy from the buffer that it has read into, before it reads again or
-    waits (`uct_tcp_ep_handle_put_req`). So once
-    all is read at most one buffer is still to be placed, by a thread that is between two calls, and it is given
-    `PLACING_S` for it. A connection that UCX has closed needs no such time: it does that when it reads the end, later.
+    waits (`uct_tcp_ep_handle_put_req`). So once all is read at most one buffer is still to be placed, by a thread that
+    is between two calls, and it is given `PLACING_S` for it, over several looks. A connection that UCX has closed needs
+    no such time: it does that when it reads the end, later.
     """
 
     def __init__(self, own: Collection[int], theirs: Collection[int], sets: Collection[int] = ()) -> None:
@@ -169,6 +173,7 @@ class Aftermath:
         self._theirs = frozenset(theirs)
         self._sets = frozenset(sets)
         self._waiting: dict[int, _Flow] | None = None  # by the socket's inode
+        self._looked = time.monotonic()
 
     def settled(self) -> bool:
         """True: every byte of the dead one that can land has landed. Never True again False. What cannot be looked at,
@@ -181,6 +186,7 @@ class Aftermath:
     def _look(self) -> bool:
         # What has left the sender's queue is in ours: so the senders' queues are read first, and ours after.
         unsent, now = _unsent(), time.monotonic()
+        passed, self._looked = min(now - self._looked, LOOK_S), now
         here, watched = own_addresses(), _inodes(self._sets)
         there, first = {}, self._waiting is None
         before = self._waiting or {}
@@ -193,10 +199,12 @@ class Aftermath:
                 got, unread = _received(one)
                 flow = before.get(inode) or _Flow(got + (queue or 0))
                 if queue is None:  # the other end has gone, and UCX closes ours when it has read all
-                    flow.read_at = math.inf
-                elif flow.read_at == math.inf and (got - unread >= flow.due or queue == unread == 0):
-                    flow.read_at = now
-                if flow.read_at + PLACING_S > now:
+                    flow.read, flow.since = False, 0.0
+                elif flow.read:
+                    flow.since += passed
+                else:
+                    flow.read = got - unread >= flow.due or queue == unread == 0
+                if not flow.read or flow.since < PLACING_S:
                     there[inode] = flow
         self._waiting = there
         return not there
