@@ -189,10 +189,13 @@ class Agent:
                 _creating.release()
                 over.set()
 
-        threading.Thread(target=run, name="nixl-start", daemon=True).start()
         try:
+            threading.Thread(target=run, name="nixl-start", daemon=True).start()
             came_back = over.wait(seconds)
-        except BaseException:  # an interrupt, while the engine may be at it for ever
+        except RuntimeError as error:  # it has not begun
+            _creating.release()
+            raise Unfit(f"no thread can be had to start NIXL on: {error}", "`ulimit -u` bounds them") from error
+        except BaseException:  # an interrupt, as early as in `start`, while the engine may be at it for ever
             self.abandon()
             raise
         if not came_back:

@@ -337,6 +337,21 @@ def test_ctrl_c_is_heard_while_an_agent_does_not_come_back(stuck: Stuck) -> None
     _nixl_engine._creating.release()
 
 
+def test_where_no_thread_can_be_had_no_agent_starts_and_the_next_one_may(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(Unfit, match="can't start new thread"):
+            Agent("UCX", "rdma", 1)
+    assert not stuck.abandoned
+    assert _nixl_engine._creating.acquire(timeout=PATIENCE_S)
+    _nixl_engine._creating.release()
+
+
 def test_memory_that_may_not_be_locked_is_refused_before_ucx_tries_it_for_ever(
     one: NixlTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
