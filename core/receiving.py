@@ -226,7 +226,7 @@ class Receiver(Endpoint):
         if known is None or transfer is None or lane is None:
             return
         error = known.reach.check(lane, self.carriers.require)
-        if error is None and done.path:
+        if error is None and (done.path or self.carriers.require):  # under `require` no word is not enough
             error = known.reach.hear(lane, done.path, self.carriers.require)
         self._show_path(transfer, known.reach)
         if error is not None:

@@ -275,6 +275,7 @@ class Strays(MemoryTransport):
 
     way = "rdma"
     after = 1 << 60
+    then = "tcp"
 
     def __init__(self, name: str = "memory") -> None:
         super().__init__(MemoryOptions())
@@ -282,7 +283,7 @@ class Strays(MemoryTransport):
         self.done = 0
 
     def path(self, peer: Any = None) -> str:
-        return "tcp" if peer is not None and self.done >= self.after else self.way
+        return self.then if peer is not None and self.done >= self.after else self.way
 
     def post(self, peer: Any, copies: Any) -> int:
         self.done += 1
@@ -317,12 +318,15 @@ def test_the_receivers_own_requirement_is_held_against_its_own_engine() -> None:
             receiver.receive(1, sender.address).wait(PATIENCE)
 
 
-def test_the_receivers_requirement_is_held_against_what_the_senders_engine_says() -> None:
+@pytest.mark.parametrize(("then", "told"), [("tcp", "tcp"), ("", "nobody knows what")])
+def test_the_receivers_requirement_is_held_against_what_the_senders_engine_says(then: str, told: str) -> None:
     engine, unaware = Strays(), Strays()
     with tf_ends(engine, unaware) as (sender, receiver):
-        engine.after = 0
+        engine.after, engine.then = 0, then
         sender.send(1, **rows(TOKENS, layout=SMALL))
-        with pytest.raises(errors.PathMismatch, match=r"rdma is required.*by the sender's word its bytes go over tcp"):
+        with pytest.raises(
+            errors.PathMismatch, match=rf"rdma is required.*by the sender's word its bytes go over {told}"
+        ):
             receiver.receive(1, sender.address).wait(PATIENCE)
 
 
